@@ -1,0 +1,25 @@
+"""What can go wrong with a GPU: our few errors, whatever library or daemon reported it."""
+
+from __future__ import annotations
+
+from perseus_core.errors import PerseusError
+
+
+class GpuError(PerseusError):
+    """A call about a GPU failed. The message says what was being done, on which GPU, and the remedy."""
+
+
+class NoDriver(GpuError):
+    """There is no usable NVIDIA driver, or the Python package that speaks to it is missing."""
+
+
+class NoPermission(GpuError):
+    """This process may not do that. Locking clocks needs root, CAP_SYS_ADMIN or zeusd."""
+
+
+class NotSupported(GpuError):
+    """This GPU or this driver cannot do that."""
+
+
+class GpuLost(GpuError):
+    """The GPU has fallen off the bus, or needs a reset."""

@@ -1,0 +1,42 @@
+"""Package metadata. Tools are configured in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+
+setup(
+    name="perseus-train",
+    version="0.1.0",
+    description="Removes energy bloat from pipeline-parallel training with DeepSpeed and Megatron",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["perseus_core*", "perseus_ds*", "perseus_megatron*"]),
+    package_data={"perseus_core": ["py.typed", "planning/*.c", "planning/*.h"]},
+    ext_modules=[
+        Extension(
+            "perseus_core.planning._frontier",
+            sources=["perseus_core/planning/_frontier.c"],
+            extra_compile_args=["-O3", "-std=c99"],
+        )
+    ],
+    install_requires=["numpy>=1.24", "networkx>=3.0", "rich>=13.0"],
+    extras_require={
+        "deepspeed": ["torch>=2.1", "deepspeed>=0.14.1"],
+        "megatron": ["torch>=2.1", "megatron-core>=0.12"],
+        "gpu": ["nvidia-ml-py>=12.535"],
+        "report": ["matplotlib>=3.7"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.6", "mypy>=1.11", "matplotlib>=3.7"],
+    },
+    entry_points={"console_scripts": ["perseus = perseus_core.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
