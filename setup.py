@@ -13,11 +13,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["perseus_core*", "perseus_ds*", "perseus_megatron*"]),
-    package_data={"perseus_core": ["py.typed", "planning/*.c", "planning/*.h"]},
+    package_data={"perseus_core": ["py.typed", "planning/native/*"]},
     ext_modules=[
         Extension(
-            "perseus_core.planning._frontier",
-            sources=["perseus_core/planning/_frontier.c"],
+            "perseus_core.planning._native",
+            sources=sorted(map(str, Path("perseus_core/planning/native").glob("*.c"))),
+            depends=["perseus_core/planning/native/native.h"],
             extra_compile_args=["-O3", "-std=c99"],
         )
     ],

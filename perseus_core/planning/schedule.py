@@ -69,7 +69,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not self.stages or not any(self.stages):
-            raise InputError(f"schedule {self.name!r} has no instruction; a schedule needs at least one stage with work")
+            raise InputError(
+                f"schedule {self.name!r} has no instruction; a schedule needs at least one stage with work"
+            )
         for stage, order in enumerate(self.stages):
             if len(set(order)) != len(order):
                 twice = next(i for i in order if order.count(i) > 1)
@@ -140,8 +142,8 @@ def interleaved(
     `microbatch_group_size_per_vp_stage`, by default the number of stages).
 
     Raises:
-        InputError: for what Megatron refuses: one stage, fewer than two chunks, a group smaller than the number of stages or
-            larger than the number of microbatches, or a last group that is smaller than the number of stages.
+        InputError: for what Megatron refuses: one stage, fewer than two chunks, a group smaller than the number of
+            stages or larger than the number of microbatches, or a last group that is smaller than the number of stages.
     """
     group = num_stages if microbatch_group_size is None else microbatch_group_size
     _require_positive(
@@ -164,7 +166,7 @@ def interleaved(
             f"{num_microbatches} microbatches in groups of {group} leave a last group of {num_microbatches % group}, "
             f"fewer than the {num_stages} stages; use a multiple of {group}, or leave {num_stages} or more"
         )
-    # The order in which (chunk, microbatch) pass: a group goes through chunk 0, then the same group through chunk 1, ...
+    # The order in which (chunk, microbatch) pass: a group goes through chunk 0, then the same through chunk 1, ...
     table = [
         (chunk, microbatch)
         for first in range(0, num_microbatches, group)
@@ -186,33 +188,35 @@ def interleaved(
 def zb_h1(num_stages: int, num_microbatches: int) -> Schedule:
     """Zero-bubble schedule ZB-H1, made by hand as in the paper (Qi et al., ICLR 2024, arXiv 2401.10241, section 2.3).
 
-    The backward is split: `backward_input` sends the gradient on, `backward_weight` needs nothing from other stages and fills
-    bubbles. Forwards and input parts keep the order of 1F1B. The weight part of microbatch m is delayed by as many input parts as
-    stage s lies behind stage 0: it runs right after the input part of microbatch m + s. The last s weight parts
-    follow the last input part.
+    The backward is split: `backward_input` sends the gradient on, `backward_weight` needs nothing from other stages
+    and fills bubbles. Forwards and input parts keep the order of 1F1B. Stage s delays its weight parts by s
+    microbatches: the weight part of microbatch m runs right after the input part of microbatch m + s, and the last s
+    weight parts follow the last input part.
 
-    A stage so holds the activations of at most S - s microbatches before their input part, as in 1F1B, and of at most s between
-    input and weight part: never more than the S of stage 0. With equal stages, M >= S, and a weight part that takes no longer
-    than the forward or the input part, (S - 1) (tF + tB - tW) is lost, where 1F1B loses (S - 1) (tF + tB + tW).
+    So a stage holds the activations of at most S - s microbatches that wait for their input part, as in 1F1B, and of at
+    most s more that wait for their weight part only: never more than the S of stage 0. With equal stages, M >= S, and a
+    weight part that takes no longer than the forward or the input part, an iteration takes (S - 1) (tF + tB - tW) more
+    than a stage's work, where 1F1B takes (S - 1) (tF + tB + tW) more.
     """
-    _require_positive(num_stages=num_stages, num_microbatches=num_microbatches)
 
-    def order(stage: int) -> tuple[Instruction, ...]:
+    def order(of_1f1b: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
         instructions: list[Instruction] = []
-        for i in one_f_one_b(num_stages, num_microbatches).stages[stage]:
+        for i in of_1f1b:
             if i.kind is Kind.FORWARD:
                 instructions.append(i)
                 continue
             instructions.append(i._replace(kind=Kind.BACKWARD_INPUT))
-            if i.microbatch >= stage:
-                instructions.append(Instruction(stage, 0, i.microbatch - stage, Kind.BACKWARD_WEIGHT))
-        first_left = max(0, num_microbatches - stage)
+            if i.microbatch >= i.stage:
+                instructions.append(i._replace(microbatch=i.microbatch - i.stage, kind=Kind.BACKWARD_WEIGHT))
+        stage = of_1f1b[-1].stage
         instructions += [
-            Instruction(stage, 0, microbatch, Kind.BACKWARD_WEIGHT) for microbatch in range(first_left, num_microbatches)
+            Instruction(stage, 0, microbatch, Kind.BACKWARD_WEIGHT)
+            for microbatch in range(max(0, num_microbatches - stage), num_microbatches)
         ]
         return tuple(instructions)
 
-    return Schedule("zb-h1", 1, num_microbatches, tuple(order(stage) for stage in range(num_stages)))
+    plain = one_f_one_b(num_stages, num_microbatches)
+    return Schedule("zb-h1", 1, num_microbatches, tuple(order(of_1f1b) for of_1f1b in plain.stages))
 
 
 def _warm_up_then_alternate(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def read_clock_requests(node_folder: Path) -> list[ClockRequest]:
     return sorted((ClockRequest(**entry) for entry in _entries(node_folder, "clock_request")), key=lambda r: r.time_s)
 
 
-def _entries(node_folder: Path, wanted: str) -> Iterator[dict[str, object]]:
+def _entries(node_folder: Path, wanted: str) -> Iterator[dict[str, Any]]:
     for path in (node_folder / "log").glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
             for kind, entry in json.loads(line).items():

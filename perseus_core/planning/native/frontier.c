@@ -26,15 +26,9 @@
  * All numbers are integers: slack 0 is exact, flow conservation is exact, termination needs no tolerance. The caller scales
  * seconds and watts to integers far finer than any measurement. The solver runs without Python's global lock.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <limits.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "native.h"
 
 #define UNBOUNDED INT64_MAX
-#define NONE (-1)
 
 typedef struct {
     /* The network. Arc a runs from tail[a] to head[a]; its knots are first_knot[curve[a]] .. first_knot[curve[a] + 1] - 1. */
@@ -346,17 +340,20 @@ static int trace(Solver *s, Record *r, int32_t *orphans, int64_t until, int64_t 
                 *thread = PyEval_SaveThread();
                 if (stop) return INTERRUPTED;
             }
-            if (total_length(s) <= until || !augment(s, orphans)) break;
+            if (!augment(s, orphans)) break;
             continue;
         }
         const int32_t node = next_due(s);
         if (node == NONE) continue;
-        if (s->value >= min_value && (r->num_vertices == 0 || s->value != r->last_value))
-            if (!record(s, r, num_recorded, tolerance, 0)) return OUT_OF_MEMORY;
-        const int64_t last_shift = s->moment[s->sink] - s->moment[s->source] - until;
-        if (s->due[node] >= last_shift) {
-            s->shift = last_shift;
-            break;
+        if (s->value >= min_value) {
+            const int64_t last_shift = s->moment[s->sink] - s->moment[s->source] - until;
+            if (s->shift >= last_shift) break;
+            if (r->num_vertices == 0 || s->value != r->last_value)
+                if (!record(s, r, num_recorded, tolerance, 0)) return OUT_OF_MEMORY;
+            if (s->due[node] >= last_shift) {
+                s->shift = last_shift;
+                break;
+            }
         }
         s->shift = s->due[node];
         reach(s, node, s->via[node]);
@@ -385,19 +382,16 @@ static PyObject *as_bytes(const void *data, size_t size) {
     return PyBytes_FromStringAndSize(data ? data : "", (Py_ssize_t)size);
 }
 
-PyDoc_STRVAR(trace_frontier_doc,
-"trace_frontier(tail, head, curve, first_knot, length, steepness, moment, source, sink, until, min_value, tolerance,\n"
-"               num_recorded, progress, /)\n"
-"\n"
-"Traces the frontier from the longest T down to `until`, or to where T cannot shrink.\n"
-"\n"
-"tail, head, curve, first_knot: int32 arrays; length, steepness, moment: int64 arrays. moment: where each node lies when every arc\n"
-"is at its slowest. Vertices are recorded from the first flow of min_value on; lengths of the first num_recorded arcs are kept\n"
-"often enough that interpolating them costs at most `tolerance`. progress: None or a callable that takes T.\n"
-"\n"
-"Returns bytes: T per vertex, flow per vertex, vertex per snapshot, lengths per snapshot, final moments, final flow per arc.");
+const char trace_frontier_doc[] =
+    "trace_frontier(tail, head, curve, first_knot, length, steepness, moment, source, sink, until, min_value, tolerance,\n"
+    "               num_recorded, progress, /)\n\n"
+    "Traces the frontier from the longest T down to `until`, or to where T cannot shrink.\n\n"
+    "tail, head, curve, first_knot: int32 arrays; length, steepness, moment: int64 arrays. moment: where each node lies when\n"
+    "every arc is at its slowest. Vertices are recorded from the first flow of min_value on; lengths of the first num_recorded\n"
+    "arcs are kept often enough that interpolating them costs at most `tolerance`. progress: None or a callable that takes T.\n\n"
+    "Returns bytes: T per vertex, flow per vertex, vertex per snapshot, lengths per snapshot, final moments, final flow per arc.";
 
-static PyObject *trace_frontier(PyObject *module, PyObject *args) {
+PyObject *trace_frontier(PyObject *module, PyObject *args) {
     (void)module;
     Py_buffer tail, head, curve, first_knot, length, steepness, moment;
     long long until, min_value;
@@ -450,10 +444,3 @@ static PyObject *trace_frontier(PyObject *module, PyObject *args) {
     for (size_t i = 0; i < sizeof views / sizeof *views; i++) PyBuffer_Release(views[i]);
     return result;
 }
-
-static PyMethodDef methods[] = {{"trace_frontier", trace_frontier, METH_VARARGS, trace_frontier_doc}, {NULL, NULL, 0, NULL}};
-
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_frontier",
-                                    "The exact time - cost frontier of a project network.", -1, methods, NULL, NULL, NULL, NULL};
-
-PyMODINIT_FUNC PyInit__frontier(void) { return PyModule_Create(&module); }

@@ -1,0 +1,128 @@
+"""Occupies a simulated GPU as an instruction would: as long as the profile says at the clock of the moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Mapping
+
+from perseus_core.gpu.simulated import model as physics
+from perseus_core.gpu.simulated.execution_log import ExecutedInstruction
+from perseus_core.gpu.simulated.model import GpuState, Work
+from perseus_core.gpu.simulated.node import SimulatedNode
+
+# How often a sleeping emulator looks whether somebody has changed the clock.
+_LOOK_EVERY_S = 0.002
+# A sleep ends late by about this much; the rest of the way is waited for awake.
+_SLEEP_OVERSHOOT_S = 0.00015
+
+
+class WorkEmulator:
+    """Runs instructions on one simulated GPU, one after another, by blocking the calling thread.
+
+    Between instructions the GPU waits and draws blocking power; nothing needs to be called for that.
+    """
+
+    def __init__(self, node: SimulatedNode, gpu_index: int) -> None:
+        self._node = node
+        self._gpu = node.gpus[gpu_index]
+        self._registered_pid = 0
+
+    def work(
+        self, kind: str, *, stage: int | None = None, chunk: int = 0, label: Mapping[str, int] | None = None
+    ) -> ExecutedInstruction:
+        """Occupies the GPU for one instruction and returns when it has finished, with what really happened.
+
+        A GPU that another thread or process occupies is waited for first, as on one stream.
+
+        Args:
+            kind: a `perseus_core.planning.schedule.Kind` or its value.
+            stage: the stage whose profile to follow; by default the one the description gives this GPU.
+            chunk: model chunk.
+            label: goes into the log, to recognise the instruction.
+
+        Raises:
+            InputError: if the profile has no such instruction.
+        """
+        identity = self._gpu.identity
+        stage = identity.default_stage if stage is None else stage
+        started = self._start(self._node.cost_index(stage, chunk, str(kind)))
+        finished = self._wait_for(started)
+        assert finished.end_s is not None, "a finished work has an end"
+        executed = ExecutedInstruction(
+            gpu=identity.index,
+            stage=stage,
+            chunk=chunk,
+            kind=str(kind),
+            start_s=finished.start_s,
+            end_s=finished.end_s,
+            energy_j=finished.energy_j,
+            clocks=tuple((int(clock), seconds) for clock, seconds in finished.segments),
+            label=label or {},
+            pid=os.getpid(),
+        )
+        self._gpu.log.executed(executed)
+        return executed
+
+    def _start(self, cost_index: int) -> Work:
+        while True:
+            with self._gpu.changing() as state:
+                self._register(state)
+                if not state.is_working:
+                    noise = self._node.settings.noise
+                    draw = random.Random(f"{self._node.settings.seed}/{self._gpu.identity.index}/{state.num_works}")
+                    return physics.start_work(
+                        state, cost_index, _factor(draw, noise.time), _factor(draw, noise.energy)
+                    )
+                busy_until_s = physics.predicted_end_s(self._gpu.model, state)
+            time.sleep(max(0.0, min(busy_until_s - time.monotonic(), _LOOK_EVERY_S)))
+
+    def _register(self, state: GpuState) -> None:
+        """Enters this process into the GPU's list of processes."""
+        pid = os.getpid()
+        if pid != self._registered_pid:
+            state.pids = [known for known in state.pids if known != pid and is_alive(known)][-31:] + [pid]
+            self._registered_pid = pid
+
+    def _wait_for(self, started: Work) -> Work:
+        """Sleeps until the work is done, looking now and then whether the clock was changed."""
+        work = started
+        version, end_s = -1, 0.0
+        while True:
+            if self._gpu.version() != version:
+                version = self._gpu.version()
+                state = self._gpu.state()
+                if state.work is None or state.work.number != started.number:
+                    return _as_last_seen(work, end_s)
+                work = state.work
+                if work.end_s is not None:
+                    return work
+                end_s = physics.predicted_end_s(self._gpu.model, state)
+            remaining_s = end_s - time.monotonic()
+            if remaining_s <= 0:
+                version = -1
+            elif remaining_s > _SLEEP_OVERSHOOT_S:
+                time.sleep(min(remaining_s - _SLEEP_OVERSHOOT_S, _LOOK_EVERY_S))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _as_last_seen(work: Work, end_s: float) -> Work:
+    """For a work that ended, and was followed by another process's, before it could be read."""
+    if work.end_s is None:
+        work.end_s = end_s
+    return work
+
+
+def _factor(draw: random.Random, sigma: float) -> float:
+    return max(0.2, draw.gauss(1.0, sigma)) if sigma else 1.0
