@@ -38,7 +38,7 @@ class Device(Protocol):
         """Graphics clocks at the highest memory clock [MHz], highest first."""
 
     def sm_clock_mhz(self) -> int:
-        """The clock the GPU runs at now [MHz]. A lock is only a request: capping or another program may override it."""
+        """The clock it runs at now [MHz]. A lock is only a request: capping or another program may override it."""
 
     def lock_clock(self, clock_mhz: int) -> None:
         """Asks for one fixed clock [MHz]. Takes some 10-20 ms to come into force."""
@@ -50,7 +50,7 @@ class Device(Protocol):
         """The power limit in force [W]."""
 
     def set_power_limit(self, limit_w: float) -> None:
-        """Sets the power limit [W]. Here for completeness: it is the user's own, and nothing in this package sets it."""
+        """Sets the power limit [W]. Here for completeness: it is the user's own, nothing in this package sets it."""
 
     def power_w(self) -> float:
         """The power drawn now [W]."""

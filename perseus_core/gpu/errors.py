@@ -9,17 +9,17 @@ class GpuError(PerseusError):
     """A call about a GPU failed. The message says what was being done, on which GPU, and the remedy."""
 
 
-class NoDriver(GpuError):
+class NoDriver(GpuError):  # noqa: N818 (named by what happened)
     """There is no usable NVIDIA driver, or the Python package that speaks to it is missing."""
 
 
-class NoPermission(GpuError):
+class NoPermission(GpuError):  # noqa: N818 (named by what happened)
     """This process may not do that. Locking clocks needs root, CAP_SYS_ADMIN or zeusd."""
 
 
-class NotSupported(GpuError):
+class NotSupported(GpuError):  # noqa: N818 (named by what happened)
     """This GPU or this driver cannot do that."""
 
 
-class GpuLost(GpuError):
+class GpuLost(GpuError):  # noqa: N818 (named by what happened)
     """The GPU has fallen off the bus, or needs a reset."""

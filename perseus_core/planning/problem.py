@@ -82,12 +82,27 @@ class PipelineProblem(Problem):
         types: the instruction type each curve belongs to.
         measurements: for each type everything measured (or fitted), useful or not, from the highest clock down.
         stage_blocking_power_w: blocking power of each stage's GPU.
+        transfer_latency_s: latency of every transfer between stages.
     """
 
     dag: ComputationDag
     types: tuple[InstructionType, ...] = ()
     measurements: tuple[tuple[Measurement, ...], ...] = ()
     stage_blocking_power_w: tuple[float, ...] = ()
+    transfer_latency_s: float = 0.0
+
+    @cached_property
+    def stage_of(self) -> NDArray[np.int64]:
+        """int64 of shape (N,): the stage of every instruction."""
+        return np.array([i.stage for i in self.schedule.instructions])
+
+    @cached_property
+    def max_power_w(self) -> float:
+        """Highest power of all GPUs together: each stage at its most power-hungry instruction and clock."""
+        power_w = dict.fromkeys(range(self.schedule.num_stages), 0.0)
+        for t, measurements in zip(self.types, self.measurements, strict=True):
+            power_w[t.stage] = max(power_w[t.stage], *(m.energy_j / m.time_s for m in measurements))
+        return math.fsum(power_w.values())
 
     @property
     def schedule(self) -> Schedule:
@@ -133,4 +148,5 @@ class PipelineProblem(Problem):
             types=types,
             measurements=measurements,
             stage_blocking_power_w=per_stage,
+            transfer_latency_s=transfer_latency_s,
         )

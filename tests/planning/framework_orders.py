@@ -1,6 +1,6 @@
-"""The order in which the real frameworks run a pipeline, obtained by running their own schedule code on one stage at a time.
+"""The order in which the real frameworks run a pipeline: their own schedule code, run on one stage at a time.
 
-Nothing is computed or sent: Megatron's forward and backward steps and its communicator are replaced by recorders, DeepSpeed's
+Nothing is computed or sent: recorders stand for Megatron's forward and backward steps and its communicator; DeepSpeed's
 schedule is a generator of instructions anyway.
 """
 

@@ -1,7 +1,8 @@
 """Simulated GPUs, behind the real `pynvml`.
 
-A driver that `pynvml` calls in place of the vendor library, so that product code and other programs cannot tell. Its state is
-in a folder shared by all processes (`PERSEUS_SIMULATED_GPUS`), so that ranks, watchdog and command line see the same GPUs.
+A driver that `pynvml` calls in place of the vendor library, so that product code and other programs cannot tell. Its
+state is in a folder shared by all processes (`PERSEUS_SIMULATED_GPUS`), so that ranks, watchdog and command line see
+the same GPUs.
 
     from perseus_core.gpu import simulated
 

@@ -52,8 +52,11 @@ def install(folder: str | Path | None = None) -> None:
     Raises:
         InputError: if there are none.
     """
-    library = SimulatedLibrary(open_node(folder))
+    node = open_node(folder)
+    if any(isinstance(finder, _PynvmlFinder) and finder.library.folder == node.folder for finder in sys.meta_path):
+        return  # a second library would have forgotten that the program has called nvmlInit
     uninstall()
+    library = SimulatedLibrary(node)
     sys.meta_path.insert(0, _PynvmlFinder(library))
     for name, module in list(sys.modules.items()):
         if _is_pynvml(name) and module is not None:
@@ -76,7 +79,7 @@ def _is_pynvml(name: str) -> bool:
 def _place_library(module: ModuleType, library: SimulatedLibrary | None) -> None:
     if not hasattr(module, "nvmlLib"):
         return
-    module.nvmlLib = library
+    setattr(module, "nvmlLib", library)  # noqa: B010 (mypy knows no attribute of an unknown module)
     # pynvml remembers the functions it has looked up; those of another library must go.
     getattr(module, "_nvmlGetFunctionPointer_cache", {}).clear()
 
@@ -85,7 +88,7 @@ class _PynvmlFinder(importlib.abc.MetaPathFinder):
     """Lets `pynvml` be imported as always, and places the library when its module has been executed."""
 
     def __init__(self, library: SimulatedLibrary) -> None:
-        self._library = library
+        self.library = library
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -94,7 +97,7 @@ class _PynvmlFinder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _PlacingLoader(spec.loader, self._library)
+            spec.loader = _PlacingLoader(spec.loader, self.library)
         return spec
 
 

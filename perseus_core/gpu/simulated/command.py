@@ -21,8 +21,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 def run_command(description_path: str | Path, command: list[str], *, log: bool = False) -> int:
     """Creates the GPUs of a description, runs a command in whose processes `pynvml` sees them, and removes them again.
 
-    Every Python process that the command starts takes part, without its doing, unless Python is told to ignore PYTHONPATH
-    (`-I`, `-E`) or the site (`-S`). SIGINT and SIGTERM are passed on to the command.
+    Every Python process that the command starts takes part, without its doing, unless Python is told to ignore
+    PYTHONPATH (`-I`, `-E`) or the site (`-S`). The command decides what SIGINT (which a terminal sends to it too) and
+    SIGTERM mean.
 
     Args:
         description_path: the GPU description.
@@ -61,12 +62,18 @@ def environment_for(node_folder: str | Path, environment: Mapping[str, str]) -> 
 
 @contextmanager
 def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While the command runs, it decides what SIGINT and SIGTERM mean."""
+    """While the command runs, signals that would end us are the command's business."""
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    def leave_to_command(_number: int, _frame: FrameType | None) -> None:
+        pass
+
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, leave_to_command),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+    }
     try:
         yield
     finally:

@@ -59,8 +59,8 @@ class Description:
         clock_latency_s: from a lock call until the clock changes.
         energy_counter_period_s: how often the energy counter moves.
         noise: measurement noise.
-        stages: for each GPU the stage whose profile it follows by default; GPU i follows stage i modulo stages if empty.
-        time_scale: multiplies the times and energies of the profile, so powers stay; 0.1 makes a demonstration ten times quicker.
+        stages: for each GPU the stage it follows by default; where empty, GPU i follows stage i modulo stages.
+        time_scale: multiplies the profile's times and energies, so powers stay; 0.1 makes a demonstration quicker.
         memory_clock_mhz: the one memory clock.
         memory_gib: memory of one GPU.
         compute_capability: CUDA compute capability, major and minor.
@@ -98,7 +98,9 @@ class Description:
         for clock in clocks:
             _require_number("supported_clocks_mhz", clock, 1, 10_000, integer=True)
         if list(clocks) != sorted(set(clocks), reverse=True):
-            raise InputError('"supported_clocks_mhz" is not in falling order without repetition; sort it, highest first')
+            raise InputError(
+                '"supported_clocks_mhz" is not in falling order without repetition; sort it, highest first'
+            )
         _require_number("min_power_limit_w", self.min_power_limit_w, 1, 10_000)
         _require_number("power_limit_w", self.power_limit_w, self.min_power_limit_w, 10_000)
         if self.max_power_limit_w == 0:
@@ -111,7 +113,9 @@ class Description:
         _require_number("memory_gib", self.memory_gib, 1, 10_000)
         _require_number("seed", self.seed, 0, 2**63, integer=True)
         if self.stages and len(self.stages) != self.num_gpus:
-            raise InputError(f'"stages" has {len(self.stages)} entries for {self.num_gpus} GPUs; give one per GPU, or none')
+            raise InputError(
+                f'"stages" has {len(self.stages)} entries for {self.num_gpus} GPUs; give one per GPU, or none'
+            )
         for stage in self.stages:
             _require_number("stages", stage, 0, 10_000, integer=True)
         if len(self.compute_capability) != 2:
@@ -131,8 +135,8 @@ class Description:
     def load(cls, path: str | Path) -> Description:
         """Reads a description; a relative `profile` is looked for beside the file.
 
-        `supported_clocks_mhz` is a list, or `{"highest": 1410, "lowest": 210, "step": 15}`; `blocking_power_w` is a number,
-        or `{"at_lowest_clock": 60, "at_highest_clock": 84}`. Keys that start with an underscore are comments.
+        `supported_clocks_mhz` is a list, or `{"highest": 1410, "lowest": 210, "step": 15}`; `blocking_power_w` is a
+        number, or `{"at_lowest_clock": 60, "at_highest_clock": 84}`. Keys that start with an underscore are comments.
 
         Raises:
             InputError: naming the file, the field, its value and the remedy.
@@ -157,7 +161,9 @@ class Description:
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
-                raise InputError(f'"{key}" is not a field of a GPU description; the fields are {", ".join(sorted(known))}')
+                raise InputError(
+                    f'"{key}" is not a field of a GPU description; the fields are {", ".join(sorted(known))}'
+                )
         for key in ("name", "num_gpus", "supported_clocks_mhz", "profile", "blocking_power_w", "power_limit_w"):
             if key not in values:
                 raise InputError(f'"{key}" is missing')

@@ -1,8 +1,9 @@
-"""The driver library of the simulated GPUs: an object with NVML's C functions, in the place where `pynvml` keeps the real one.
+"""The driver library of the simulated GPUs: NVML's C functions on an object that `pynvml` takes for the loaded library.
 
-`pynvml` calls `nvmlLib.nvmlDeviceGetName(handle, buffer, c_uint(96))` and checks the integer that comes back; here those are
-Python functions that take the same ctypes arguments, fill the same structures and return the same error codes. A function
-that is not here is missing as a symbol is missing in an old library: `pynvml` raises `NVMLError_FunctionNotFound`.
+`pynvml` calls `nvmlLib.nvmlDeviceGetName(handle, buffer, c_uint(96))` and checks the integer that comes back; here
+those are Python functions that take the same ctypes arguments, fill the same structures and return the same error
+codes. A function that is not here is missing as a symbol is missing in an old library: `pynvml` raises
+`NVMLError_FunctionNotFound`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class SimulatedLibrary:
     """Stands for the loaded `libnvidia-ml.so.1` of one process."""
 
     def __init__(self, node: SimulatedNode) -> None:
+        """Serves the GPUs of a node; like the real library, only after `nvmlInit`."""
+        self.folder = node.folder
         self._node = node
         self._init_count = 0
         self._init_lock = threading.Lock()

@@ -14,8 +14,8 @@ from perseus_core.gpu.simulated.node import SimulatedNode
 
 # How often a sleeping emulator looks whether somebody has changed the clock.
 _LOOK_EVERY_S = 0.002
-# A sleep ends late by about this much; the rest of the way is waited for awake.
-_SLEEP_OVERSHOOT_S = 0.00015
+# A sleep ends late, by less than this as a rule; the rest of the way is waited for awake.
+_SLEEP_OVERSHOOT_S = 0.0003
 
 
 class WorkEmulator:
@@ -25,6 +25,7 @@ class WorkEmulator:
     """
 
     def __init__(self, node: SimulatedNode, gpu_index: int) -> None:
+        """Uses GPU `gpu_index` of a node; the process appears in its process list with the first work."""
         self._node = node
         self._gpu = node.gpus[gpu_index]
         self._registered_pid = 0
@@ -49,14 +50,13 @@ class WorkEmulator:
         stage = identity.default_stage if stage is None else stage
         started = self._start(self._node.cost_index(stage, chunk, str(kind)))
         finished = self._wait_for(started)
-        assert finished.end_s is not None, "a finished work has an end"
         executed = ExecutedInstruction(
             gpu=identity.index,
             stage=stage,
             chunk=chunk,
             kind=str(kind),
             start_s=finished.start_s,
-            end_s=finished.end_s,
+            end_s=_end_s(finished),
             energy_j=finished.energy_j,
             clocks=tuple((int(clock), seconds) for clock, seconds in finished.segments),
             label=label or {},
@@ -72,37 +72,32 @@ class WorkEmulator:
                 if not state.is_working:
                     noise = self._node.settings.noise
                     draw = random.Random(f"{self._node.settings.seed}/{self._gpu.identity.index}/{state.num_works}")
-                    return physics.start_work(
-                        state, cost_index, _factor(draw, noise.time), _factor(draw, noise.energy)
-                    )
-                busy_until_s = physics.predicted_end_s(self._gpu.model, state)
+                    return physics.start_work(state, cost_index, _factor(draw, noise.time), _factor(draw, noise.energy))
+                busy_until_s = _end_s(physics.finished_work(self._gpu.model, state))
             time.sleep(max(0.0, min(busy_until_s - time.monotonic(), _LOOK_EVERY_S)))
 
     def _register(self, state: GpuState) -> None:
         """Enters this process into the GPU's list of processes."""
         pid = os.getpid()
         if pid != self._registered_pid:
-            state.pids = [known for known in state.pids if known != pid and is_alive(known)][-31:] + [pid]
+            others = [known for known in state.pids if known != pid and is_alive(known)]
+            state.pids = [*others[-31:], pid]
             self._registered_pid = pid
 
     def _wait_for(self, started: Work) -> Work:
-        """Sleeps until the work is done, looking now and then whether the clock was changed."""
-        work = started
-        version, end_s = -1, 0.0
+        """Sleeps until the work is done, looking now and then whether anything was changed."""
+        finished, version = started, -1
         while True:
             if self._gpu.version() != version:
                 version = self._gpu.version()
                 state = self._gpu.state()
                 if state.work is None or state.work.number != started.number:
-                    return _as_last_seen(work, end_s)
-                work = state.work
-                if work.end_s is not None:
-                    return work
-                end_s = physics.predicted_end_s(self._gpu.model, state)
-            remaining_s = end_s - time.monotonic()
+                    return finished  # already followed by another process's work
+                finished = physics.finished_work(self._gpu.model, state)
+            remaining_s = _end_s(finished) - time.monotonic()
             if remaining_s <= 0:
-                version = -1
-            elif remaining_s > _SLEEP_OVERSHOOT_S:
+                return finished
+            if remaining_s > _SLEEP_OVERSHOOT_S:
                 time.sleep(min(remaining_s - _SLEEP_OVERSHOOT_S, _LOOK_EVERY_S))
 
 
@@ -117,11 +112,9 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def _as_last_seen(work: Work, end_s: float) -> Work:
-    """For a work that ended, and was followed by another process's, before it could be read."""
-    if work.end_s is None:
-        work.end_s = end_s
-    return work
+def _end_s(work: Work) -> float:
+    assert work.end_s is not None, "a finished work has an end"
+    return work.end_s
 
 
 def _factor(draw: random.Random, sigma: float) -> float:

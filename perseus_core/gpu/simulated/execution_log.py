@@ -72,8 +72,11 @@ class ExecutionLog:
     """Appends to this process's log file, where logging is on."""
 
     def __init__(self, folder: Path, *, enabled: bool) -> None:
+        """Writes into a folder that exists, or nowhere."""
         self._folder = folder
         self._enabled = enabled
+        self._descriptor = -1
+        self._pid = 0
 
     def executed(self, instruction: ExecutedInstruction) -> None:
         """Logs one finished instruction."""
@@ -86,12 +89,11 @@ class ExecutionLog:
             self._append({"clock_request": asdict(ClockRequest(gpu, time_s, clock_mhz, os.getpid()))})
 
     def _append(self, entry: dict[str, object]) -> None:
-        path = self._folder / f"{os.getpid()}.jsonl"
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            os.write(descriptor, json.dumps(entry).encode() + b"\n")
-        finally:
-            os.close(descriptor)
+        if self._pid != os.getpid():  # first use, or a forked child
+            self._pid = os.getpid()
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self._descriptor = os.open(self._folder / f"{self._pid}.jsonl", flags, 0o666)
+        os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
 
 
 def read_executed(node_folder: Path) -> list[ExecutedInstruction]:

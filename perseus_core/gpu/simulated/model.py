@@ -1,7 +1,7 @@
-"""How a simulated GPU behaves: time, clocks and energy, integrated exactly between the moments at which anything changes.
+"""How a simulated GPU behaves: time, clocks and energy, integrated exactly from one change to the next.
 
-Everything here is arithmetic on plain data. Nothing sleeps, locks or knows about processes: a state is brought forward to
-a given time by `advance`, whoever asks and whenever.
+Everything here is arithmetic on plain data. Nothing sleeps, locks or knows about processes: a state is brought forward
+to a given time by `advance`, whoever asks and whenever.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Work:
         time_factor: this execution's time over the profile's (noise).
         energy_factor: this execution's energy over the profile's (noise).
         start_s: when it started.
-        end_s: when it finished, None while it runs.
+        end_s: when it finished; none while it runs.
         remaining: the fraction still to do.
         energy_j: drawn so far.
         segments: [clock in MHz, seconds at it], in order.
@@ -120,8 +120,8 @@ def interpolate_costs(
 ) -> InstructionCost:
     """Time and energy at every supported clock from those at the measured ones.
 
-    Linear between measured clocks. Above the highest measured clock nothing gets faster; below the lowest, time grows as
-    1 / clock at constant power.
+    Linear between measured clocks. Above the highest measured clock nothing gets faster; below the lowest, time grows
+    as 1 / clock at constant power.
 
     Args:
         clocks_mhz: supported clocks.
@@ -196,16 +196,16 @@ def start_work(state: GpuState, cost_index: int, time_factor: float, energy_fact
     return state.work
 
 
-def predicted_end_s(model: GpuModel, state: GpuState) -> float:
-    """When the running instruction will finish, as far as is known now."""
+def finished_work(model: GpuModel, state: GpuState) -> Work:
+    """The running instruction as it will have run when it is done, if nobody changes anything until then."""
     assert state.work is not None, "no instruction was ever started"
     trial = copy(state)
     trial.pending = list(state.pending)
     trial.work = copy(state.work)
-    trial.work.segments = []
+    trial.work.segments = [list(segment) for segment in state.work.segments]
     while trial.work.end_s is None:
         _step(model, trial, math.inf)
-    return trial.work.end_s
+    return trial.work
 
 
 def advance(model: GpuModel, state: GpuState, time_s: float) -> None:

@@ -68,6 +68,7 @@ class SimulatedGpu:
     def __init__(
         self, identity: Identity, model: GpuModel, settings: NodeSettings, record: SharedRecord, log: ExecutionLog
     ) -> None:
+        """Made by `SimulatedNode`."""
         self.identity = identity
         self.model = model
         self.settings = settings
@@ -144,8 +145,8 @@ class SimulatedNode:
             version = document["version"]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"{folder}: holds no simulated GPUs ({type(error).__name__}); unset PERSEUS_SIMULATED_GPUS, or start the "
-                "command with `perseus simulate`"
+                f"{folder}: holds no simulated GPUs ({type(error).__name__}); unset PERSEUS_SIMULATED_GPUS, or start "
+                "the command with `perseus simulate`"
             ) from None
         if version != _VERSION:
             raise InputError(f"{folder}: holds simulated GPUs of version {version}, this program expects {_VERSION}")
@@ -171,7 +172,11 @@ class SimulatedNode:
         log = ExecutionLog(folder / "log", enabled=self.settings.log)
         self.gpus = tuple(
             SimulatedGpu(
-                Identity(**identity), self.model, self.settings, SharedRecord(_state_file(folder, identity["index"])), log
+                Identity(**identity),
+                self.model,
+                self.settings,
+                SharedRecord(_state_file(folder, identity["index"])),
+                log,
             )
             for identity in document["gpus"]
         )

@@ -1,7 +1,7 @@
 """A small record in a memory-mapped file that several processes read and change, one at a time.
 
-A process that is killed at any instruction leaves a whole record and a free lock behind: the lock is a `flock`, which the
-kernel releases, and a new content becomes valid only by the last store, that of the version number.
+A process that is killed at any instruction leaves a whole record and a free lock behind: the lock is a `flock`, which
+the kernel releases, and a new content becomes valid only by the last store, that of the version number.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class SharedRecord:
     """
 
     def __init__(self, path: Path) -> None:
+        """Opens a record that `create` made."""
         self._path = path
         self._thread_lock = threading.Lock()
         self._descriptor = self._open()
@@ -93,7 +94,9 @@ class SharedRecord:
         try:
             return os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise InputError(f"{self._path}: cannot be opened ({error.strerror}); are the simulated GPUs gone?") from None
+            raise InputError(
+                f"{self._path}: cannot be opened ({error.strerror}); are the simulated GPUs gone?"
+            ) from None
 
     def _reopen_in_child(self) -> None:
         """A forked child shares the parent's open file, and with it the lock; it needs its own."""

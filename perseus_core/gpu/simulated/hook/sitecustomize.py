@@ -19,13 +19,12 @@ def _elsewhere(folder: str) -> bool:
 def _install() -> None:
     if "PERSEUS_SIMULATED_GPUS" not in os.environ:
         return
-    package_root = str(_HERE.parents[3])
     if importlib.util.find_spec("perseus_core") is None:
         # Last, so that it shadows nothing of the program's own environment.
-        sys.path.append(package_root)
-    from perseus_core.gpu.simulated import install
-
+        sys.path.append(str(_HERE.parents[3]))
     try:
+        from perseus_core.gpu.simulated import install
+
         install()
     except Exception as error:  # the program must start whatever happens here
         print(f"perseus: no simulated GPUs in this process: {error}", file=sys.stderr)
