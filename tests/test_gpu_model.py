@@ -213,6 +213,7 @@ def test_simulated_gpus_are_those_of_the_model(gpu: GpuModel) -> None:
     profile = Profile.load(description.profile)
     assert profile.num_stages == description.num_gpus
     assert {m.clock_mhz for m in profile.measurements} <= set(gpu.clocks_mhz)
+    assert max(m.energy_j / m.time_s for m in profile.measurements) <= description.power_limit_w
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:

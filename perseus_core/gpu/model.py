@@ -296,16 +296,16 @@ class Workload:
                     f"clock {clock} MHz is not supported by {gpu.name}; it has {gpu.min_clock_mhz} to "
                     f"{gpu.max_clock_mhz} MHz in steps of {gpu.clock_step_mhz}"
                 )
-        return Profile(
-            tuple(
-                Measurement(InstructionType(stage, 0, kind), clock, float(f"{time_s:.6g}"), float(f"{energy_j:.6g}"))
-                for stage in range(self.num_stages)
-                for kind, work in ((Kind.FORWARD, self.forward(stage)), (Kind.BACKWARD, self.backward(stage)))
-                for clock, time_s, energy_j in zip(
-                    clocks, gpu.time_s(work, clocks), gpu.energy_j(work, clocks), strict=True
-                )
-            )
-        )
+        measurements = []
+        for stage in range(self.num_stages):
+            for kind, work in ((Kind.FORWARD, self.forward(stage)), (Kind.BACKWARD, self.backward(stage))):
+                times_s, powers_w = gpu.time_s(work, clocks), gpu.power_w(work, clocks)
+                for clock, time, power_w in zip(clocks, times_s, powers_w, strict=True):
+                    time_s = float(f"{time:.6g}")
+                    # Rounded down, so that energy / time never exceeds the power limit.
+                    energy_j = _six_digits_down(power_w * time_s)
+                    measurements.append(Measurement(InstructionType(stage, 0, kind), clock, time_s, energy_j))
+        return Profile(tuple(measurements))
 
     @property
     def _num_tokens(self) -> int:
@@ -327,6 +327,11 @@ class Workload:
             flop=2 * self._num_tokens * h * v / t,
             memory_bytes=(h * v * _BYTES_PER_NUMBER + self._num_tokens * v * _BYTES_PER_LOGIT) / t,
         )
+
+
+def _six_digits_down(value: float) -> float:
+    scale = 10.0 ** (5 - math.floor(math.log10(value)))
+    return float(f"{math.floor(value * scale) / scale:.6g}")
 
 
 # Data sheets: NVIDIA A100 Tensor Core GPU (2021), NVIDIA H100 Tensor Core GPU (2023), NVIDIA A40 (2021).

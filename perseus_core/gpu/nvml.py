@@ -63,7 +63,13 @@ def ask(doing: str, gpu: str, call: Callable[[Any], T]) -> T:
     nvml = _import_pynvml()
     try:
         _initialise_once(nvml)
-        return call(nvml)
+        try:
+            return call(nvml)
+        except nvml.NVMLError_Uninitialized:
+            # Somebody else in this process has called nvmlShutdown once too often.
+            _forget_initialisation()
+            _initialise_once(nvml)
+            return call(nvml)
     except nvml.NVMLError as error:
         raise _our_error(nvml, error, f"{doing} on {gpu}") from error
 
@@ -88,7 +94,7 @@ def _initialise_once(nvml: Any) -> None:
 
 
 def _forget_initialisation() -> None:
-    """NVML does not survive a fork: the child must initialise it again, and nobody there holds the lock."""
+    """To initialise again: in a forked child, which NVML does not survive and where nobody holds the lock."""
     global _init_lock, _initialised
     _init_lock = threading.Lock()
     _initialised = False

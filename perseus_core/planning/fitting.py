@@ -1,15 +1,14 @@
 """Fitting: from noisy measurements to times and energies a solver can trust.
 
-A solver fed with raw measurements picks their luckiest errors: its plans are slower than they promise. Three things that are
-known beforehand take most of the noise away:
+A solver fed with raw measurements picks their luckiest errors, and its plans are slower than they promise. Three
+things that are known beforehand take most of the noise away:
 
-1. Physics. Time falls with the clock, ever more slowly (compute-bound time is a/clock, the rest is constant), so it is a
-   decreasing convex function of the clock. Energy is a convex function of time, and with it the effective energy for any
-   blocking power, as that differs by a straight line.
-2. Likeness. Stages of one model hold the same layers, so their curves of one kind of instruction share a shape, and mostly the
-   scale too. Every curve is fitted alone and together with its family, and the two are blended.
-3. Honesty about noise. The blend trusts a curve's own deviation only so far as it exceeds what noise does by chance. The
-   noise is estimated from the scatter that the stages do not share, so that clean tables are followed as they are.
+1. Physics. Time falls with the clock, ever more slowly, so it is a decreasing convex function of the clock. Energy is a
+   convex function of time, and so is effective energy at any blocking power, which differs by a straight line.
+2. Likeness. Stages of one model hold the same layers: their curves of one kind of instruction share a shape, and mostly
+   the scale too. Every curve is fitted alone and together with its family, and the two are blended.
+3. Honesty about noise. The blend believes a curve's own deviation only so far as it exceeds what noise does by chance.
+   Noise is what stages do not share of the scatter around their curves, so a clean table is followed as it is.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ import numpy.typing as npt
 from perseus_core.planning.profile import Measurement, Profile
 
 Array = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.intp]
 # Takes x, y and weights; returns the fitted y and how many parameters the fit has used.
 Regression = Callable[[Array, Array, Array], tuple[Array, int]]
 
-# A standard deviation from few samples is itself uncertain: it is averaged with the typical one, counted as so many samples.
+# A standard deviation from few samples is itself uncertain: it is averaged with the typical one, which counts so many.
 _TYPICAL_SPREAD_SAMPLES = 4
 # Relative distance put between equal times, so that the energies of clocks that are equally fast keep their order.
 _TIE_BREAK = 1e-6
@@ -47,7 +47,9 @@ def fit_profile(profile: Profile, *, clocks_mhz: Sequence[int] | None = None) ->
     """
     times, time_weights = _table(profile, [(m.time_s, m.time_std_s) for m in profile.measurements])
     energies, energy_weights = _table(profile, [(m.energy_j, m.energy_std_j) for m in profile.measurements])
-    families = [np.array([row for row, t in enumerate(profile.types) if t.kind is kind]) for kind in profile.kinds]
+    families = [
+        np.array([row for row, t in enumerate(profile.types) if t.kind is kind]) for kind in sorted(profile.kinds)
+    ]
 
     clocks = np.broadcast_to(_clocks(profile), times.shape)
     fitted_times = _fit_together(clocks, times, time_weights, families, _decreasing_convex_regression)
@@ -95,14 +97,15 @@ def _table(profile: Profile, values_and_deviations: list[tuple[float, float | No
     return values, weights
 
 
-def _fit_together(x: Array, y: Array, weights: Array, families: list[npt.NDArray[np.int_]], fit: Regression) -> Array:
+def _fit_together(x: Array, y: Array, weights: Array, families: list[Rows], fit: Regression) -> Array:
     """Fits y over x for every row alone and with its family, and blends the two. All arrays are types x clocks."""
     alone, parameters = y.copy(), np.zeros(len(y))
-    for row, measured in enumerate(weights > 0):
+    for row in range(len(y)):
+        measured = weights[row] > 0
         alone[row, measured], parameters[row] = fit(x[row, measured], y[row, measured], weights[row, measured])
     noise = _noise_variance(np.log(y / alone), weights, parameters, families)
 
-    fitted = alone.copy()
+    fitted: Array = alone.copy()
     for rows in families:
         shape = _shared_shape(x[rows], y[rows], weights[rows], fit)
         log_scales = np.average(np.log(y[rows] / shape), axis=1, weights=weights[rows])
@@ -111,17 +114,15 @@ def _fit_together(x: Array, y: Array, weights: Array, families: list[npt.NDArray
             w, own_shape = weights[row], alone[row] / np.exp(log_scale)
             shape_share = _trusted_share(w @ np.log(own_shape / shape) ** 2, noise, parameters[row] - 1)
             scale_share = _trusted_share(w.sum() * (log_scale - centre) ** 2, noise, 1)
-            blend = shape_share * own_shape + (1 - shape_share) * shape
-            blend *= np.exp(centre + scale_share * (log_scale - centre))
+            scale = np.exp(centre + scale_share * (log_scale - centre))
+            blend = scale * (shape_share * own_shape + (1 - shape_share) * shape)
             # The family's curve is convex over the family's x, which is not quite this row's.
             measured = w > 0
             fitted[row, measured], _ = fit(x[row, measured], blend[measured], w[measured])
     return fitted
 
 
-def _noise_variance(
-    log_residuals: Array, weights: Array, parameters: Array, families: list[npt.NDArray[np.int_]]
-) -> float:
+def _noise_variance(log_residuals: Array, weights: Array, parameters: Array, families: list[Rows]) -> float:
     """Variance of a measurement of weight 1, from the residuals that the types of a family do not share.
 
     What they share is no noise, but where the truth is not quite convex. Families of one type tell nothing; without any
@@ -142,10 +143,10 @@ def _noise_variance(
 
 def _shared_shape(x: Array, y: Array, weights: Array, fit: Regression) -> Array:
     """The curve (one value a clock) that all rows are multiples of, as nearly as they are."""
-    measured = (weights > 0).any(axis=0)
-    clock_weights = weights.sum(axis=0)[measured]
-    shape = np.ones(len(measured))
-    shape[measured], _ = fit(_column_effects(x, weights), _column_effects(y, weights), clock_weights)
+    clock_weights = weights.sum(axis=0)
+    measured = clock_weights > 0
+    shape: Array = np.ones_like(clock_weights)
+    shape[measured], _ = fit(_column_effects(x, weights), _column_effects(y, weights), clock_weights[measured])
     return shape
 
 
@@ -188,7 +189,8 @@ def _regression(hinges: Array, y: Array, weights: Array) -> tuple[Array, int]:
     basis = np.hstack([np.ones((len(y), 1)), hinges])
     root = np.sqrt(weights) / y
     coefficients = _non_negative_least_squares(basis * root[:, None], y * root)
-    return basis @ coefficients, int(np.count_nonzero(coefficients))
+    fitted: Array = basis @ coefficients
+    return fitted, int(np.count_nonzero(coefficients))
 
 
 def _non_negative_least_squares(matrix: Array, target: Array) -> Array:
@@ -196,7 +198,7 @@ def _non_negative_least_squares(matrix: Array, target: Array) -> Array:
     norms = np.linalg.norm(matrix, axis=0)
     matrix = matrix / norms
     tolerance = 1e-12 * float(np.linalg.norm(target))
-    solution = np.zeros(matrix.shape[1])
+    solution: Array = np.zeros(matrix.shape[1])
     active = np.zeros(matrix.shape[1], dtype=bool)
     for _ in range(3 * matrix.shape[1]):
         gradient = np.where(active, -np.inf, matrix.T @ (target - matrix @ solution))
@@ -249,9 +251,8 @@ def monotone_interpolation(x: Array, y: Array, at: Array) -> Array:
     weight_before, weight_after = 2 * widths[1:] + widths[:-1], widths[1:] + 2 * widths[:-1]
     same_sign = before * after > 0
     slopes[1:-1] = 0
-    slopes[1:-1][same_sign] = (
-        (weight_before + weight_after)[same_sign]
-        / (weight_before[same_sign] / before[same_sign] + weight_after[same_sign] / after[same_sign])
+    slopes[1:-1][same_sign] = (weight_before + weight_after)[same_sign] / (
+        weight_before[same_sign] / before[same_sign] + weight_after[same_sign] / after[same_sign]
     )
 
     left = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)

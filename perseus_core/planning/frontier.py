@@ -53,7 +53,7 @@ class Frontier(Generic[AnyProblem]):
         return -np.diff(self.energies_j) / np.diff(self.times_s)
 
     def energy_j(self, iteration_time_s: float) -> float:
-        """Least energy of an iteration that lasts this long; beyond T* the pipeline runs at T* and waits.
+        """Energy until this time: the least there is up to T*; beyond, the pipeline runs at T* and waits.
 
         Raises:
             InputError: if the iteration cannot be that fast.

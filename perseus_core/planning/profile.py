@@ -241,13 +241,11 @@ def _require_complete(types: set[InstructionType]) -> None:
     """Every stage from 0 on has every chunk, and every chunk every kind, that any other has."""
     num_stages = max(t.stage for t in types) + 1
     num_chunks = max(t.chunk for t in types) + 1
-    if num_stages * num_chunks > len(types):
-        present = {(t.stage, t.chunk) for t in types}
+    present = {(t.stage, t.chunk) for t in types}
+    if num_stages * num_chunks > len(present):
+        # Looked for lazily: a stage number may be a typing error of nine digits.
         stage, chunk = next(
-            (stage, chunk)
-            for stage in range(num_stages)
-            for chunk in range(num_chunks)
-            if (stage, chunk) not in present
+            place for place in ((s, c) for s in range(num_stages) for c in range(num_chunks)) if place not in present
         )
         where = f"stage {stage}" + (f", chunk {chunk}" if num_chunks > 1 else "")
         raise InputError(f"profile has no {where}, but has stage {num_stages - 1}; stages are numbered from 0 without gaps")

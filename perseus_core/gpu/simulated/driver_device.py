@@ -331,6 +331,8 @@ def _pcie_throughput(_gpu: SimulatedGpu, _counter: Any, throughput: Any) -> int:
 @_named(
     "nvmlDeviceGetFanSpeed",
     "nvmlDeviceGetC2cModeInfoV",
+    "nvmlDeviceGetDriverModel",  # a matter of Windows
+    "nvmlDeviceGetDriverModel_v2",
     "nvmlDeviceGetProcessUtilization",
     "nvmlDeviceGetConfComputeMemSizeInfo",
     "nvmlDeviceGetRunningProcessDetailList",

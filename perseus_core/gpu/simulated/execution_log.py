@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,12 @@ class ExecutionLog:
     def executed(self, instruction: ExecutedInstruction) -> None:
         """Logs one finished instruction."""
         if self._enabled:
-            self._append({"executed": asdict(instruction)})
+            self._append({"executed": vars(instruction)})
 
     def clock_request(self, gpu: int, time_s: float, clock_mhz: int | None) -> None:
         """Logs one call that locked (or, with None, reset) the clock."""
         if self._enabled:
-            self._append({"clock_request": asdict(ClockRequest(gpu, time_s, clock_mhz, os.getpid()))})
+            self._append({"clock_request": vars(ClockRequest(gpu, time_s, clock_mhz, os.getpid()))})
 
     def _append(self, entry: dict[str, object]) -> None:
         if self._pid != os.getpid():  # first use, or a forked child

@@ -1,0 +1,45 @@
+"""What all tests share: the measured data beside the repository, and small problems made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perseus_core.planning.frontier import Frontier
+from perseus_core.planning.problem import PipelineProblem
+from perseus_core.planning.profile import Profile
+from perseus_core.planning.schedule import one_f_one_b
+from perseus_core.planning.solver import solve
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PUBLISHED = REPOSITORY.parent / "shared" / "data" / "sosp24"
+OWN_PROFILE = REPOSITORY / "configs" / "profiles" / "gpt3-6.7b_a100_4stages.csv"
+
+BLOCKING_POWER_W = {"gpt3-175b+a100_sxm": 83.64, "bloom+a40": 70.38}
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder of measured data of the Perseus paper; tests that need it skip where it is absent."""
+    if not PUBLISHED.is_dir():
+        pytest.skip(f"the measured data of the Perseus paper is not at {PUBLISHED}")
+    return PUBLISHED
+
+
+@pytest.fixture(scope="session")
+def own_profile() -> Profile:
+    """The project's own profile of four stages."""
+    return Profile.load(OWN_PROFILE)
+
+
+@pytest.fixture(scope="session")
+def problem(own_profile: Profile) -> PipelineProblem:
+    """A pipeline of four stages and eight microbatches."""
+    return PipelineProblem.of(own_profile, one_f_one_b(4, 8), 83.5)
+
+
+@pytest.fixture(scope="session")
+def frontier(problem: PipelineProblem) -> Frontier[PipelineProblem]:
+    """Its frontier."""
+    return solve(problem)
