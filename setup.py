@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["perseus_core*", "perseus_ds*", "perseus_megatron*"]),
-    package_data={"perseus_core": ["py.typed", "planning/native/*"]},
+    package_data={"perseus_core": ["py.typed", "planning/*.pyi", "planning/native/*"]},
     ext_modules=[
         Extension(
             "perseus_core.planning._native",
@@ -28,7 +28,15 @@ setup(
         "megatron": ["torch>=2.1", "megatron-core>=0.12"],
         "gpu": ["nvidia-ml-py>=12.535"],
         "report": ["matplotlib>=3.7"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.6", "mypy>=1.11", "matplotlib>=3.7", "nvidia-ml-py>=12.535"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "scipy>=1.11",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "matplotlib>=3.7",
+            "nvidia-ml-py>=12.535",
+        ],
     },
     entry_points={"console_scripts": ["perseus = perseus_core.cli:main"]},
     classifiers=[

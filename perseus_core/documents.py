@@ -71,7 +71,7 @@ class Fields:
                 raise self.error(name, value, "must hold finite numbers only")
         return [float(value) for value in values]
 
-    def object(self, name: str) -> Fields:
+    def section(self, name: str) -> Fields:
         """An object within this one."""
         value = self._get(name)
         if not isinstance(value, dict):
@@ -93,7 +93,9 @@ class Fields:
     def error(self, name: str, value: object, remedy: str) -> InputError:
         """The error that a field's value deserves."""
         shown = json.dumps(value, default=str)
-        return InputError(f'{self.where}: field "{name}" is {shown if len(shown) < 60 else shown[:57] + "..."}; it {remedy}')
+        return InputError(
+            f'{self.where}: field "{name}" is {shown if len(shown) < 60 else shown[:57] + "..."}; it {remedy}'
+        )
 
     def _get(self, name: str) -> Any:
         if name not in self.fields:
@@ -124,7 +126,9 @@ def load_document(path: str | Path, format_name: str, version: int) -> Fields:
     if content.get("format") != format_name:
         raise fields.error("format", content.get("format"), f'must be "{format_name}"')
     if content.get("version") != version:
-        raise fields.error("version", content.get("version"), f"must be {version}, the one this release writes and reads")
+        raise fields.error(
+            "version", content.get("version"), f"must be {version}, the one this release writes and reads"
+        )
     return fields
 
 

@@ -27,4 +27,3 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, content: str) -> None:
     """Writes a UTF-8 text file as a whole or not at all; raises as `write_bytes`."""
     write_bytes(path, content.encode())
-

@@ -24,8 +24,12 @@ HELP = "compare with Zeus, EnvPipe and the published frontier; draw the figures"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_problem_arguments(parser)
-    parser.add_argument("--published", metavar="FRONTIER.csv", help="a published frontier of the same profile: columns time,energy")
-    parser.add_argument("-o", "--output", metavar="FOLDER", help="write frontier.png, timeline.png and frontier.html there")
+    parser.add_argument(
+        "--published", metavar="FRONTIER.csv", help="a published frontier of the same profile: columns time,energy"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FOLDER", help="write frontier.png, timeline.png and frontier.html there"
+    )
     parser.add_argument("--json", action="store_true", help="print the answer for machines")
 
 
@@ -85,11 +89,17 @@ def read_published(path: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]
         with Path(path).open(newline="", encoding="utf-8") as file:
             points = sorted((float(row["time"]), float(row["energy"])) for row in csv.DictReader(file))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a CSV with the columns time,energy") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a CSV with the columns time,energy"
+        ) from None
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: is no published frontier; give a CSV with the columns time,energy and numbers in them") from None
+        raise InputError(
+            f"{path}: is no published frontier; give a CSV with the columns time,energy and numbers in them"
+        ) from None
     if not points or not np.isfinite(points).all():
-        raise InputError(f"{path}: holds no points, or some that are not finite; give a CSV with the columns time,energy")
+        raise InputError(
+            f"{path}: holds no points, or some that are not finite; give a CSV with the columns time,energy"
+        )
     times_s, energies_j = np.array(points).T
     return times_s, energies_j
 
@@ -112,12 +122,12 @@ def _baseline_row(other: Baseline, baseline: Execution) -> ComparisonRow:
     return _row(other.name, other.points[0], baseline, "has no point without slowdown; this is its fastest")
 
 
-def _published_row(
-    published: tuple[NDArray[np.float64], NDArray[np.float64]], baseline: Execution
-) -> ComparisonRow:
+def _published_row(published: tuple[NDArray[np.float64], NDArray[np.float64]], baseline: Execution) -> ComparisonRow:
     times_s, energies_j = published
     # Published times are rounded down to the solver's time step, so the fastest point may lie just before the baseline.
     place = max(0, int(np.searchsorted(times_s, baseline.iteration_time_s, side="right")) - 1)
     time_s, energy_j = float(times_s[place]), float(energies_j[place])
     slowdown, saving = time_s / baseline.iteration_time_s - 1, 1 - energy_j / baseline.energy_j
-    return ComparisonRow("Perseus, published", time_s, energy_j, slowdown, saving, "as printed: its plans take a little longer")
+    return ComparisonRow(
+        "Perseus, published", time_s, energy_j, slowdown, saving, "as printed: its plans take a little longer"
+    )

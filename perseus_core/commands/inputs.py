@@ -30,23 +30,45 @@ remarks = Console(stderr=True)
 
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the profile, the schedule and the constants of a problem."""
-    parser.add_argument("profile", metavar="PROFILE.csv", help="stage,instruction,frequency,time,energy in MHz, s, J of one GPU")
-    parser.add_argument("--microbatches", "-m", type=int, required=True, metavar="M", help="microbatches of one iteration")
     parser.add_argument(
-        "--blocking-power", type=float, required=True, metavar="W", help="what a GPU draws while it waits for its neighbour"
+        "profile", metavar="PROFILE.csv", help="stage,instruction,frequency,time,energy in MHz, s, J of one GPU"
     )
-    parser.add_argument("--schedule", choices=SCHEDULES, default="1f1b", help="order of instructions (default: %(default)s)")
-    parser.add_argument("--chunks", type=int, default=2, metavar="V", help="model chunks per stage, interleaved (default: 2)")
+    parser.add_argument(
+        "--microbatches", "-m", type=int, required=True, metavar="M", help="microbatches of one iteration"
+    )
+    parser.add_argument(
+        "--blocking-power",
+        type=float,
+        required=True,
+        metavar="W",
+        help="what a GPU draws while it waits for its neighbour",
+    )
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="1f1b", help="order of instructions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chunks", type=int, default=2, metavar="V", help="model chunks per stage, interleaved (default: 2)"
+    )
     parser.add_argument(
         "--group-size", type=int, metavar="G", help="Megatron's microbatch_group_size_per_vp_stage (default: stages)"
     )
     parser.add_argument(
-        "--transfer-latency", type=float, default=0.0, metavar="S", help="latency of a transfer between stages (default: 0)"
+        "--transfer-latency",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="latency of a transfer between stages (default: 0)",
     )
     parser.add_argument(
-        "--outside-time", type=float, default=0.0, metavar="S", help="time of an iteration outside the pipeline (default: 0)"
+        "--outside-time",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="time of an iteration outside the pipeline (default: 0)",
     )
-    parser.add_argument("--trust-profile", action="store_true", help="take the table exactly as it is, without smoothing noise")
+    parser.add_argument(
+        "--trust-profile", action="store_true", help="take the table exactly as it is, without smoothing noise"
+    )
 
 
 def read_problem(args: argparse.Namespace) -> PipelineProblem:
@@ -96,12 +118,18 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the policies, of which one may be asked for."""
     group = parser.add_argument_group("policy", "which point of the frontier (default: no slowdown, least energy)")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--max-slowdown", type=float, metavar="X", help="least energy in at most X more time; 0.05 means 5 %%")
+    one.add_argument(
+        "--max-slowdown", type=float, metavar="X", help="least energy in at most X more time; 0.05 means 5 %%"
+    )
     one.add_argument("--fastest", action="store_true", help="the shortest iteration there is")
-    one.add_argument("--straggler", type=float, metavar="X", help="another pipeline takes X times as long: the point at min(T', T*)")
+    one.add_argument(
+        "--straggler", type=float, metavar="X", help="another pipeline takes X times as long: the point at min(T', T*)"
+    )
     one.add_argument("--time", type=float, metavar="S", help="least energy in at most S seconds")
     one.add_argument("--eta", type=float, metavar="X", help="least X * energy + (1 - X) * P_max * time (Zeus); 0 to 1")
-    one.add_argument("--power-cap", type=float, metavar="W", help="fastest within this average power of the pipeline's GPUs")
+    one.add_argument(
+        "--power-cap", type=float, metavar="W", help="fastest within this average power of the pipeline's GPUs"
+    )
     group.add_argument(
         "--carbon-intensity",
         nargs=2,
@@ -110,7 +138,11 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --eta: weigh energy by the grid's g/kWh over a reference (Chase)",
     )
     group.add_argument(
-        "--switch-latency", type=float, default=0.0, metavar="S", help="how long a change of clock takes (default: 0; real: 0.015)"
+        "--switch-latency",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="how long a change of clock takes (default: 0; real: 0.015)",
     )
 
 

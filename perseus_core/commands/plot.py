@@ -24,8 +24,12 @@ HELP = "draw a frontier (with the baselines) or a plan (the pipeline's timeline)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("file", metavar="FRONTIER.json|PLAN.json", help="what `perseus solve` or `perseus plan` wrote")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .png, .svg, .pdf or .html (interactive)")
-    parser.add_argument("--colour", choices=("clock", "power"), default="clock", help="what a plan's colours show (default: clock)")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="ends in .png, .svg, .pdf or .html (interactive)"
+    )
+    parser.add_argument(
+        "--colour", choices=("clock", "power"), default="clock", help="what a plan's colours show (default: clock)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,12 +40,18 @@ def run(args: argparse.Namespace) -> int:
         frontier = frontier_file.load_frontier(args.file)
         problem = frontier.problem
         baselines = (zeus_global(problem), zeus_per_stage(problem), envpipe(problem))
-        figure = frontier_page(frontier) if as_page else draw_frontier(frontier, plan=make_plan(frontier), baselines=baselines)
+        figure = (
+            frontier_page(frontier)
+            if as_page
+            else draw_frontier(frontier, plan=make_plan(frontier), baselines=baselines)
+        )
     elif kind == plan_file.FORMAT:
         plan = Plan.load(args.file)
         figure = plan_page(plan) if as_page else draw_timeline(plan, colour=args.colour)
     else:
-        raise InputError(f'{args.file}: field "format" is {kind!r}; give a {frontier_file.FORMAT} or a {plan_file.FORMAT}')
+        raise InputError(
+            f'{args.file}: field "format" is {kind!r}; give a {frontier_file.FORMAT} or a {plan_file.FORMAT}'
+        )
     save_figure(figure, args.output)
     Console().print(f"written: {args.output}", highlight=False)
     return 0

@@ -11,7 +11,9 @@ HELP = "run a command on simulated GPUs, to try Perseus without a cluster"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("--gpus", required=True, metavar="DESCRIPTION.json", help="which GPUs, for example configs/gpus/a100.json")
+    parser.add_argument(
+        "--gpus", required=True, metavar="DESCRIPTION.json", help="which GPUs, for example configs/gpus/a100.json"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
 
 

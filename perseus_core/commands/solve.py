@@ -18,7 +18,9 @@ HELP = "compute the whole iteration time - energy frontier of a profile"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_problem_arguments(parser)
-    parser.add_argument("-o", "--output", metavar="FRONTIER.json", help="write the frontier, for `perseus plan` and `perseus plot`")
+    parser.add_argument(
+        "-o", "--output", metavar="FRONTIER.json", help="write the frontier, for `perseus plan` and `perseus plot`"
+    )
     parser.add_argument("--json", action="store_true", help="print the answer for machines")
 
 
@@ -36,7 +38,10 @@ def run(args: argparse.Namespace) -> int:
                 "num_instructions": problem.dag.num_instructions,
                 "num_vertices": len(frontier.times_s),
                 "fastest": {"iteration_time_s": frontier.fastest_time_s, "energy_j": float(frontier.energies_j[0])},
-                "min_energy": {"iteration_time_s": frontier.min_energy_time_s, "energy_j": float(frontier.energies_j[-1])},
+                "min_energy": {
+                    "iteration_time_s": frontier.min_energy_time_s,
+                    "energy_j": float(frontier.energies_j[-1]),
+                },
                 "baseline_time_s": baseline.iteration_time_s,
                 "baseline_energy_j": baseline.energy_j,
                 "iteration_time_s": plan.iteration_time_s,

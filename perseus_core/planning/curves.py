@@ -38,8 +38,8 @@ class TradeoffCurve:
     def __post_init__(self) -> None:
         if not len(self.clocks_mhz) == len(self.times_s) == len(self.energies_j) > 0:
             raise InputError(
-                f"tradeoff curve has {len(self.clocks_mhz)} clocks, {len(self.times_s)} times and {len(self.energies_j)} "
-                "energies; it needs as many of each, one at least"
+                f"tradeoff curve has {len(self.clocks_mhz)} clocks, {len(self.times_s)} times and "
+                f"{len(self.energies_j)} energies; it needs as many of each, one at least"
             )
         if not (np.isfinite(self.times_s).all() and np.isfinite(self.energies_j).all() and min(self.times_s) > 0):
             raise InputError("tradeoff curve holds a time or energy that is not a finite number, or a time not above 0")

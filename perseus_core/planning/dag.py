@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import networkx as nx
 import numpy as np
@@ -71,8 +72,10 @@ class Dag:
         """Latest start of every instruction with which the iteration still ends in time."""
         durations = self._durations(durations_s)
         predecessor, successor, latency = (link[::-1] for link in self._links)
-        # Backwards in time: the earliest "start" of the mirrored graph is the time from an instruction's end to the iteration's.
-        tail = np.frombuffer(_native.earliest_starts(*map(np.ascontiguousarray, (successor, predecessor, latency)), durations))
+        # Backwards in time: an earliest start in the mirrored graph is the time from an end to the iteration's end.
+        tail = np.frombuffer(
+            _native.earliest_starts(*map(np.ascontiguousarray, (successor, predecessor, latency)), durations)
+        )
         return iteration_time_s - tail - durations
 
     def iteration_time_s(self, durations_s: ArrayLike) -> float:
@@ -89,7 +92,9 @@ class Dag:
     def _durations(self, durations_s: ArrayLike) -> NDArray[np.float64]:
         durations = np.ascontiguousarray(durations_s, np.float64)
         if durations.shape != (self.num_instructions,):
-            raise InputError(f"durations have shape {durations.shape}; the DAG has {self.num_instructions} instructions")
+            raise InputError(
+                f"durations have shape {durations.shape}; the DAG has {self.num_instructions} instructions"
+            )
         return durations
 
 
@@ -112,11 +117,7 @@ class ComputationDag(Dag):
             InputError: if the schedule's order makes its instructions wait for each other in a circle.
         """
         place = {instruction: i for i, instruction in enumerate(schedule.instructions)}
-        within = [
-            (place[before], place[after], 0.0)
-            for order in schedule.stages
-            for before, after in zip(order, order[1:], strict=False)
-        ]
+        within = [(place[before], place[after], 0.0) for order in schedule.stages for before, after in pairwise(order)]
         across = [
             (place[before], place[after], transfer_latency_s if before.stage != after.stage else 0.0)
             for before, after in data_dependencies(schedule)
@@ -126,7 +127,10 @@ class ComputationDag(Dag):
         return cls(len(place), np.array(predecessor), np.array(successor), np.array(latency), schedule)
 
     def to_networkx(self, durations_s: ArrayLike | None = None) -> nx.DiGraph:
-        """The DAG to look at: nodes are `Instruction`s (with `duration_s`, `start_s` if durations are given), edges have `latency_s`."""
+        """The DAG to look at.
+
+        Nodes are `Instruction`s, with `duration_s` and `start_s` if durations are given; edges have `latency_s`.
+        """
         graph = nx.DiGraph()
         graph.add_nodes_from(self.instructions)
         if durations_s is not None:
@@ -157,9 +161,3 @@ def data_dependencies(schedule: Schedule) -> Iterator[tuple[Instruction, Instruc
                 yield after._replace(stage=stage + 1), after
             elif chunk < last_chunk:
                 yield after._replace(stage=0, chunk=chunk + 1), after
-
-
-def edges(pairs: Iterable[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]]:
-    """Predecessors, successors and zero latencies of plain (before, after) pairs, for `Dag`."""
-    array = np.array(list(pairs), np.int32).reshape(-1, 2)
-    return array[:, 0].copy(), array[:, 1].copy(), np.zeros(len(array))

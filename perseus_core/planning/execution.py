@@ -45,7 +45,9 @@ def execute(problem: PipelineProblem, clocks_mhz: NDArray[np.int64] | Sequence[i
         place = np.minimum(np.searchsorted(measured, clocks[members]), len(measured) - 1)
         unknown = np.flatnonzero(measured[place] != clocks[members])
         if unknown.size:
-            raise InputError(f"{instruction_type} was not measured at {clocks[members[unknown[0]]]} MHz; measure it there")
+            raise InputError(
+                f"{instruction_type} was not measured at {clocks[members[unknown[0]]]} MHz; measure it there"
+            )
         durations_s[members] = np.array([m.time_s for m in ascending])[place]
         energies_j[members] = np.array([m.energy_j for m in ascending])[place]
     return executed(problem, clocks, durations_s, energies_j)

@@ -30,6 +30,7 @@ Regression = Callable[[Array, Array, Array], tuple[Array, int]]
 _TYPICAL_SPREAD_SAMPLES = 4
 # Relative distance put between equal times, so that the energies of clocks that are equally fast keep their order.
 _TIE_BREAK = 1e-6
+_FLAT = 1e-9
 
 
 def fit_profile(profile: Profile, *, clocks_mhz: Sequence[int] | None = None) -> Profile:
@@ -189,6 +190,8 @@ def _regression(hinges: Array, y: Array, weights: Array) -> tuple[Array, int]:
     basis = np.hstack([np.ones((len(y), 1)), hinges])
     root = np.sqrt(weights) / y
     coefficients = _non_negative_least_squares(basis * root[:, None], y * root)
+    # What rises by less than this is flat: equal times must come out equal, not apart by a rounding error.
+    coefficients[coefficients * basis.max(axis=0) < _FLAT * y.max()] = 0
     fitted: Array = basis @ coefficients
     return fitted, int(np.count_nonzero(coefficients))
 
@@ -198,7 +201,7 @@ def _non_negative_least_squares(matrix: Array, target: Array) -> Array:
     norms = np.linalg.norm(matrix, axis=0)
     matrix = matrix / norms
     tolerance = 1e-12 * float(np.linalg.norm(target))
-    solution: Array = np.zeros(matrix.shape[1])
+    solution = np.zeros(matrix.shape[1])
     active = np.zeros(matrix.shape[1], dtype=bool)
     for _ in range(3 * matrix.shape[1]):
         gradient = np.where(active, -np.inf, matrix.T @ (target - matrix @ solution))
@@ -216,7 +219,8 @@ def _non_negative_least_squares(matrix: Array, target: Array) -> Array:
             active[np.flatnonzero(leaving)[steps <= steps.min()]] = False
             solution[~active] = 0
         solution = trial
-    return solution / norms
+    coefficients: Array = solution / norms
+    return coefficients
 
 
 def _interpolated(measured: list[Measurement], clocks_mhz: Sequence[int]) -> list[Measurement]:
@@ -259,9 +263,8 @@ def monotone_interpolation(x: Array, y: Array, at: Array) -> Array:
     h = widths[left]
     u = (at - x[left]) / h
     value: Array = (
-        (1 + 2 * u) * (1 - u) ** 2 * y[left]
-        + u * (1 - u) ** 2 * h * slopes[left]
-        + u**2 * (3 - 2 * u) * y[left + 1]
-        - u**2 * (1 - u) * h * slopes[left + 1]
+        y[left]
+        + u**2 * (3 - 2 * u) * (y[left + 1] - y[left])
+        + u * (1 - u) * h * ((1 - u) * slopes[left] - u * slopes[left + 1])
     )
     return value

@@ -27,8 +27,8 @@ class Frontier(Generic[AnyProblem]):
         times_s: float64 of shape (V,), ascending: iteration time, time outside the pipeline included.
         energies_j: float64 of shape (V,), not ascending: energy of the iteration, one GPU for each stage.
         stored: int64 of shape (K,), ascending: the vertices at which durations are stored; first and last are always.
-        positions: float32 of shape (K, N): where on the hull of its tradeoff curve each instruction stands, as the number
-            of a knot plus the share of the way to the next slower one.
+        positions: float32 of shape (K, N): where on the hull of its tradeoff curve each instruction stands, as the
+            number of a knot plus the share of the way to the next slower one.
     """
 
     problem: AnyProblem
@@ -49,7 +49,7 @@ class Frontier(Generic[AnyProblem]):
 
     @cached_property
     def marginal_power_w(self) -> NDArray[np.float64]:
-        """float64 of shape (V - 1,): energy saved per second of lengthening, on each segment; not ascending, 0 at least."""
+        """float64 of shape (V - 1,): energy saved per second of lengthening, on each segment; 0 at least."""
         return -np.diff(self.energies_j) / np.diff(self.times_s)
 
     def energy_j(self, iteration_time_s: float) -> float:

@@ -24,8 +24,7 @@ T = TypeVar("T")
 def save_frontier(frontier: Frontier[PipelineProblem], path: str | Path) -> None:
     """Writes the frontier with the problem it belongs to.
 
-    Positions lie beside each other in time, and mostly on the same knots: differences from one stored vertex to the next pack
-    well.
+    From one stored vertex to the next most positions stay on their knots, so the differences pack well.
     """
     problem, schedule = frontier.problem, frontier.problem.schedule
     bits = frontier.positions.view(np.int32)
@@ -93,7 +92,7 @@ def read_schedule(fields: Fields) -> Schedule:
     """The schedule that `schedule_fields` wrote."""
     stages = []
     for stage, order in enumerate(fields.items("stages")):
-        in_order = rows(Fields(f'{fields.where}, stage {stage}', {"stages": order}), "stages", (str, int, int))
+        in_order = rows(Fields(f"{fields.where}, stage {stage}", {"stages": order}), "stages", (str, int, int))
         stages.append(tuple(Instruction(stage, c, m, _kind(fields, k)) for k, c, m in in_order))
     chunks, microbatches = fields.integer("num_chunks", at_least=1), fields.integer("num_microbatches", at_least=1)
     return _named(fields.where, lambda: Schedule(fields.text("name"), chunks, microbatches, tuple(stages)))
@@ -109,7 +108,7 @@ def _problem(fields: Fields) -> PipelineProblem:
     )
     return PipelineProblem.of(
         profile,
-        read_schedule(fields.object("schedule")),
+        read_schedule(fields.section("schedule")),
         fields.numbers("blocking_power_w"),
         transfer_latency_s=fields.number("transfer_latency_s", at_least=0),
         outside_time_s=fields.number("outside_time_s", at_least=0),

@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """Share by which the plan costs more than the proved bound: how far it can be from the best possible at most."""
+        """Share by which the plan costs more than the proved bound: it is at most so far from the best possible."""
         return self.energy_j / self.bound_energy_j - 1
 
     def save(self, path: str | Path) -> None:
@@ -155,7 +155,7 @@ class Plan:
         if fields.items("columns") != list(_COLUMNS):
             raise fields.error("columns", fields.items("columns"), f"must be {list(_COLUMNS)}")
         stages = tuple(_read_stage(fields, stage, order) for stage, order in enumerate(fields.items("stages")))
-        about = fields.object("schedule")
+        about = fields.section("schedule")
         try:
             schedule = Schedule(
                 about.text("name"),
@@ -204,7 +204,12 @@ def make_plan(
     planned = (
         PlannedInstruction(instruction, int(clock), float(start), float(duration), float(energy))
         for instruction, clock, start, duration, energy in zip(
-            problem.schedule.instructions, chosen.clocks_mhz, start_s, chosen.durations_s, chosen.energies_j, strict=True
+            problem.schedule.instructions,
+            chosen.clocks_mhz,
+            start_s,
+            chosen.durations_s,
+            chosen.energies_j,
+            strict=True,
         )
     )
     return Plan(
@@ -222,11 +227,15 @@ def make_plan(
 def _read_stage(fields: Fields, stage: int, order: object) -> tuple[PlannedInstruction, ...]:
     here = Fields(f"{fields.where}, stage {stage}", {"stages": order})
     planned = []
-    for kind, chunk, microbatch, clock_mhz, start_s, duration_s, energy_j in rows(here, "stages", tuple(_COLUMNS.values())):
+    for kind, chunk, microbatch, clock_mhz, start_s, duration_s, energy_j in rows(
+        here, "stages", tuple(_COLUMNS.values())
+    ):
         if kind not in set(Kind):
             raise here.error("kind", kind, f"must be one of {', '.join(Kind)}")
         if clock_mhz < 1 or min(start_s, duration_s, energy_j) < 0:
-            raise here.error("stages", [kind, chunk, microbatch, clock_mhz, start_s, duration_s, energy_j], "must not be negative")
+            raise here.error(
+                "stages", [kind, chunk, microbatch, clock_mhz, start_s, duration_s, energy_j], "must not be negative"
+            )
         instruction = Instruction(stage, chunk, microbatch, Kind(kind))
         planned.append(PlannedInstruction(instruction, clock_mhz, start_s, duration_s, energy_j))
     return tuple(planned)

@@ -1,4 +1,4 @@
-"""Policies: the rules that pick a point of the frontier. Each is one small function from a frontier to an iteration time.
+"""Policies: the rules that pick a point of the frontier. Each is one small function.
 
 A job compares itself with its baseline: all clocks at maximum, what it would do without us.
 """
@@ -52,7 +52,9 @@ def straggler(slowdown: float) -> Policy:
         InputError: if slowdown is below 1.
     """
     if not (math.isfinite(slowdown) and slowdown >= 1):
-        raise InputError(f"straggler slowdown {slowdown} is below 1; 1.2 means that the slowest pipeline takes 20 % longer")
+        raise InputError(
+            f"straggler slowdown {slowdown} is below 1; 1.2 means that the slowest pipeline takes 20 % longer"
+        )
     return lambda frontier, baseline_time_s: at_most(frontier, baseline_time_s * slowdown)
 
 
@@ -142,7 +144,9 @@ def at_most(frontier: AnyFrontier, time_s: float) -> float:
         InputError: if the time is faster than the fastest point by more than rounding.
     """
     if time_s < frontier.fastest_time_s * (1 - 1e-9):
-        raise InputError(f"iteration time {time_s:.6g} s cannot be reached; the fastest is {frontier.fastest_time_s:.6g} s")
+        raise InputError(
+            f"iteration time {time_s:.6g} s cannot be reached; the fastest is {frontier.fastest_time_s:.6g} s"
+        )
     return min(time_s, frontier.min_energy_time_s)
 
 
@@ -156,7 +160,9 @@ def _fastest_within(frontier: AnyFrontier, power_w: float) -> float:
     within = energies_j <= power_w * times_s
     if not within.any():
         least_w = energies_j[-1] / times_s[-1]
-        raise InputError(f"power cap {power_w} W is below the {least_w:.1f} W of the minimum-energy point; allow that much")
+        raise InputError(
+            f"power cap {power_w} W is below the {least_w:.1f} W of the minimum-energy point; allow that much"
+        )
     v = int(np.argmax(within))
     if v == 0:
         return float(times_s[0])

@@ -25,8 +25,8 @@ class Problem:
         dag: the instructions and their order.
         curves: the tradeoff curves.
         curve_of: int32 of shape (N,), the curve of each instruction.
-        blocking_power_w: power of all GPUs together while all wait, the marginal power at which lengthening the iteration
-            stops to pay.
+        blocking_power_w: power of all GPUs together while all wait: the marginal power at which lengthening the
+            iteration stops to pay.
         outside_time_s: time of an iteration outside the DAG (data loading, gradient all-reduce, optimizer), a constant.
         outside_energy_j: energy of all GPUs in that time beyond blocking power, a constant.
 
@@ -44,7 +44,9 @@ class Problem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "curve_of", np.ascontiguousarray(self.curve_of, np.int32))
         if self.curve_of.shape != (self.dag.num_instructions,):
-            raise InputError(f"curve_of has shape {self.curve_of.shape}; the DAG has {self.dag.num_instructions} instructions")
+            raise InputError(
+                f"curve_of has shape {self.curve_of.shape}; the DAG has {self.dag.num_instructions} instructions"
+            )
         if not (self.curve_of.min() >= 0 and self.curve_of.max() < len(self.curves)):
             raise InputError(f"curve_of names a curve outside 0 .. {len(self.curves) - 1}")
         for name in ("blocking_power_w", "outside_time_s", "outside_energy_j"):
@@ -123,10 +125,12 @@ class PipelineProblem(Problem):
         """Puts profile, schedule and blocking power (one, or one per stage) together.
 
         Raises:
-            InputError: if the profile lacks a stage, chunk or kind that the schedule runs, or a blocking power cannot be.
+            InputError: if the profile lacks something that the schedule runs, or a blocking power cannot be.
         """
         stages = schedule.num_stages
-        per_stage = (blocking_power_w,) * stages if isinstance(blocking_power_w, (int, float)) else tuple(blocking_power_w)
+        per_stage = (
+            (blocking_power_w,) * stages if isinstance(blocking_power_w, (int, float)) else tuple(blocking_power_w)
+        )
         if len(per_stage) != stages:
             raise InputError(f"blocking power is given for {len(per_stage)} stages; the schedule has {stages}")
         for power in per_stage:

@@ -78,8 +78,8 @@ class Profile:
             known = kept.setdefault((m.type, m.clock_mhz), m)
             if known != m:
                 raise InputError(
-                    f"{m.type} at {m.clock_mhz} MHz is given twice with different values (time {known.time_s} and {m.time_s} s, "
-                    f"energy {known.energy_j} and {m.energy_j} J); keep one, or their mean"
+                    f"{m.type} at {m.clock_mhz} MHz is given twice with different values (time {known.time_s} and "
+                    f"{m.time_s} s, energy {known.energy_j} and {m.energy_j} J); keep one, or their mean"
                 )
         ordered = sorted(kept.values(), key=lambda m: (m.type, -m.clock_mhz))
         object.__setattr__(self, "measurements", tuple(ordered))
@@ -132,7 +132,7 @@ class Profile:
             ) from None
 
     def divided_into_chunks(self, num_chunks: int) -> Profile:
-        """A profile of `num_chunks` equal chunks, made from one of whole stages: an estimate until chunks are measured."""
+        """A profile of `num_chunks` equal chunks from one of whole stages: an estimate until chunks are measured."""
         if self.num_chunks != 1:
             raise InputError(f"profile already has {self.num_chunks} chunks; it cannot be divided into {num_chunks}")
         return Profile(
@@ -248,13 +248,17 @@ def _require_complete(types: set[InstructionType]) -> None:
             place for place in ((s, c) for s in range(num_stages) for c in range(num_chunks)) if place not in present
         )
         where = f"stage {stage}" + (f", chunk {chunk}" if num_chunks > 1 else "")
-        raise InputError(f"profile has no {where}, but has stage {num_stages - 1}; stages are numbered from 0 without gaps")
+        raise InputError(
+            f"profile has no {where}, but has stage {num_stages - 1}; stages are numbered from 0 without gaps"
+        )
     for kind in sorted({t.kind for t in types}):
         for stage in range(num_stages):
             for chunk in range(num_chunks):
                 needed = InstructionType(stage, chunk, kind)
                 if needed not in types:
-                    raise InputError(f"profile has no {needed}, though other stages have it; measure it at one clock at least")
+                    raise InputError(
+                        f"profile has no {needed}, though other stages have it; measure it at one clock at least"
+                    )
 
 
 def _read_rows(path: Path, rows: Iterable[list[str]]) -> Iterable[Measurement]:
@@ -272,7 +276,9 @@ def _read_rows(path: Path, rows: Iterable[list[str]]) -> Iterable[Measurement]:
         if not any(field.strip() for field in row):
             continue
         if len(row) != len(header):
-            raise InputError(f"{path}, line {number}: has {len(row)} fields, the header {len(header)}; give one per column")
+            raise InputError(
+                f"{path}, line {number}: has {len(row)} fields, the header {len(header)}; give one per column"
+            )
         try:
             yield _measurement(dict(zip(header, (field.strip() for field in row), strict=True)))
         except InputError as error:

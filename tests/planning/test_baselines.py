@@ -22,7 +22,9 @@ def published_problem(folder: Path, name: str, num_microbatches: int) -> Pipelin
     return PipelineProblem.of(profile, one_f_one_b(8, num_microbatches), BLOCKING_POWER_W[name])
 
 
-@pytest.mark.parametrize(("name", "model", "device"), [("gpt3-175b+a100_sxm", "gpt3-175b", "a100_sxm"), ("bloom+a40", "bloom", "a40")])
+@pytest.mark.parametrize(
+    ("name", "model", "device"), [("gpt3-175b+a100_sxm", "gpt3-175b", "a100_sxm"), ("bloom+a40", "bloom", "a40")]
+)
 @pytest.mark.parametrize("num_microbatches", [12, 24, 48, 96])
 def test_envpipe_is_as_published(published: Path, name: str, model: str, device: str, num_microbatches: int) -> None:
     """Iteration time equals the paper's EnvPipe result, energy is within 1.5 % of it."""

@@ -59,7 +59,9 @@ def test_slower_than_the_slowest_costs_the_same() -> None:
         ((1410,), (float("nan"),), (1.0,)),
     ],
 )
-def test_what_is_no_curve_is_refused(clocks: tuple[int, ...], times: tuple[float, ...], energies: tuple[float, ...]) -> None:
+def test_what_is_no_curve_is_refused(
+    clocks: tuple[int, ...], times: tuple[float, ...], energies: tuple[float, ...]
+) -> None:
     """Unequal columns, none at all, wrong order, and NaN."""
     with pytest.raises(InputError, match="tradeoff curve"):
         TradeoffCurve(clocks, times, energies, 80.0)

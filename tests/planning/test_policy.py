@@ -36,7 +36,7 @@ def test_max_slowdown_and_time_and_fastest(frontier: AnyFrontier) -> None:
 
 
 def test_zeus_cost_goes_from_fastest_to_least_energy(frontier: AnyFrontier) -> None:
-    """The ends are the frontier's ends, the times between rise with eta, and the pick minimises the cost over all times."""
+    """It ends at the frontier's ends, rises with eta, and no time costs less than the pick."""
     times = [policy.zeus_cost(eta, 1600.0)(frontier, 1.0) for eta in np.linspace(0, 1, 21)]
     assert times[0] == frontier.fastest_time_s
     assert times[-1] == pytest.approx(frontier.min_energy_time_s)

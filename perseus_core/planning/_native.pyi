@@ -1,0 +1,42 @@
+# Types of the compiled inner loops; native/*.c documents them. Arrays pass as buffers and come back as bytes.
+from collections.abc import Callable
+from typing import Any
+
+from numpy.typing import NDArray
+
+def topological_order(num_nodes: int, predecessor: NDArray[Any], successor: NDArray[Any], /) -> bytes: ...
+def earliest_starts(predecessor: NDArray[Any], successor: NDArray[Any], latency: NDArray[Any], duration: NDArray[Any], /) -> bytes: ...
+def trace_frontier(
+    tail: NDArray[Any],
+    head: NDArray[Any],
+    curve: NDArray[Any],
+    first_knot: NDArray[Any],
+    length: NDArray[Any],
+    steepness: NDArray[Any],
+    moment: NDArray[Any],
+    source: int,
+    sink: int,
+    until: int,
+    min_value: int,
+    tolerance: float,
+    num_recorded: int,
+    progress: Callable[[int], object] | None,
+    /,
+) -> tuple[bytes, bytes, bytes, bytes, bytes, bytes]: ...
+def reclaim_slack(
+    first_predecessor: NDArray[Any],
+    predecessor: NDArray[Any],
+    predecessor_latency: NDArray[Any],
+    first_successor: NDArray[Any],
+    successor: NDArray[Any],
+    successor_latency: NDArray[Any],
+    curve: NDArray[Any],
+    first_point: NDArray[Any],
+    time: NDArray[Any],
+    cost: NDArray[Any],
+    point: NDArray[Any],
+    start: NDArray[Any],
+    tail: NDArray[Any],
+    limit: float,
+    /,
+) -> bytes: ...
