@@ -43,7 +43,7 @@ def zeus_global(problem: PipelineProblem) -> Baseline:
 
 
 def zeus_per_stage(problem: PipelineProblem) -> Baseline:
-    """One clock per stage, so that forward times balance (the Perseus paper's ZeusPerStage, section 6.4).
+    """One clock per stage, so that forward times balance (the Perseus paper's ZeusPerStage).
 
     For every forward time that some stage can have, each stage takes its lowest clock that is not slower.
     """

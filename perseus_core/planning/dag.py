@@ -71,11 +71,9 @@ class Dag:
     def latest_start_times_s(self, durations_s: ArrayLike, iteration_time_s: float) -> NDArray[np.float64]:
         """Latest start of every instruction with which the iteration still ends in time."""
         durations = self._durations(durations_s)
-        predecessor, successor, latency = (link[::-1] for link in self._links)
+        predecessor, successor, latency = (np.ascontiguousarray(link[::-1]) for link in self._links)
         # Backwards in time: an earliest start in the mirrored graph is the time from an end to the iteration's end.
-        tail = np.frombuffer(
-            _native.earliest_starts(*map(np.ascontiguousarray, (successor, predecessor, latency)), durations)
-        )
+        tail = np.frombuffer(_native.earliest_starts(successor, predecessor, latency, durations))
         return iteration_time_s - tail - durations
 
     def iteration_time_s(self, durations_s: ArrayLike) -> float:

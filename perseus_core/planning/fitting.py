@@ -29,7 +29,7 @@ Regression = Callable[[Array, Array, Array], tuple[Array, int]]
 # A standard deviation from few samples is itself uncertain: it is averaged with the typical one, which counts so many.
 _TYPICAL_SPREAD_SAMPLES = 4
 # Relative distance put between equal times, so that the energies of clocks that are equally fast keep their order.
-_TIE_BREAK = 1e-6
+_TIE_BREAK = 1e-9
 _FLAT = 1e-9
 
 

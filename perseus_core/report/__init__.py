@@ -1,0 +1,1 @@
+"""Figures, the interactive page and terminal tables. Only this package imports matplotlib, and only when it draws."""

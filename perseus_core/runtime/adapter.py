@@ -1,0 +1,226 @@
+"""What every framework adapter needs and none should write again: hooks that come off, and a session that never hurts.
+
+An adapter puts hooks into its framework with `Hooks` and has them call a `Follower`. The follower opens the session at
+the first training iteration, where all ranks are sure to be at the same place, and passes everything on. Whatever fails
+on our side takes the hooks off, closes the session, and lets the training go on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from perseus_core.gpu.device import Device
+from perseus_core.gpu.simulated.activation import ENVIRONMENT_VARIABLE as SIMULATED_GPUS
+from perseus_core.planning.schedule import Kind
+from perseus_core.runtime.events import CudaEvents, EventSource, HostEvents
+from perseus_core.runtime.log import logger, show_log
+
+if TYPE_CHECKING:
+    import torch
+
+_ABSENT = object()
+
+
+class FollowedSession(Protocol):
+    """What a follower needs of a `perseus_core.runtime.session.Session`."""
+
+    def begin_iteration(self, num_microbatches: int, *, training: bool = True) -> None:
+        """An iteration starts."""
+
+    def begin_instruction(self, chunk: int, microbatch: int, kind: Kind) -> None:
+        """An instruction of this stage starts."""
+
+    def end_instruction(self) -> None:
+        """The instruction that started last has ended."""
+
+    def end_iteration(self) -> None:
+        """The iteration has ended."""
+
+    def close(self) -> None:
+        """Gives the clock back and leaves."""
+
+
+class Hooks:
+    """Attributes put on objects, classes or modules of a framework, to be taken off again."""
+
+    def __init__(self) -> None:
+        """No hooks yet."""
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def put(self, target: Any, name: str, value: Any) -> None:
+        """Sets `target.name`; what the target itself had there comes back with `take_off`."""
+        self._before.append((target, name, vars(target).get(name, _ABSENT)))
+        setattr(target, name, value)
+
+    def take_off(self) -> None:
+        """Leaves every target as it was found."""
+        while self._before:
+            target, name, value = self._before.pop()
+            if value is _ABSENT:
+                delattr(target, name)
+            else:
+                setattr(target, name, value)
+
+
+class Follower:
+    """Passes what a framework does on to the session. Never raises; does nothing any more once something has failed.
+
+    Attributes:
+        session: from the first training iteration on.
+    """
+
+    def __init__(self, open_session: Callable[..., FollowedSession], hooks: Hooks) -> None:
+        """Opens nothing yet.
+
+        Args:
+            open_session: called at the first training iteration, with what the adapter gives `begin_iteration` as
+                `opening`. All ranks call it at the same place.
+            hooks: taken off when something fails, or at the end.
+        """
+        self.session: FollowedSession | None = None
+        self._open_session = open_session
+        self._hooks = hooks
+        self._in_iteration = False
+        self._finished = False
+
+    @property
+    def is_following(self) -> bool:
+        """Whether an iteration is going on that the session knows of."""
+        return self._in_iteration
+
+    def begin_iteration(self, num_microbatches: int, *, training: bool, opening: Sequence[Any] = ()) -> None:
+        """An iteration starts. Iterations before the first training one (a first evaluation) are not followed."""
+        if self._finished:
+            return
+        try:
+            if self.session is None:
+                if not training:
+                    return
+                self.session = self._open_session(*opening)
+            self.session.begin_iteration(num_microbatches, training=training)
+            self._in_iteration = True
+        except Exception as error:
+            self.give_up(error)
+
+    def begin_instruction(self, chunk: int, microbatch: int, kind: Kind) -> None:
+        """An instruction starts on this rank."""
+        if self._in_iteration:
+            try:
+                self.session.begin_instruction(chunk, microbatch, kind)  # type: ignore[union-attr]
+            except Exception as error:
+                self.give_up(error)
+
+    def end_instruction(self) -> None:
+        """The instruction that started last has been given to the GPU in full."""
+        if self._in_iteration:
+            try:
+                self.session.end_instruction()  # type: ignore[union-attr]
+            except Exception as error:
+                self.give_up(error)
+
+    def end_iteration(self) -> None:
+        """The iteration has been given to the GPU in full, or has been left by an exception of the training's own."""
+        if self._in_iteration:
+            self._in_iteration = False
+            try:
+                self.session.end_iteration()  # type: ignore[union-attr]
+            except Exception as error:
+                self.give_up(error)
+
+    def attempt(self, task: Callable[[FollowedSession], object]) -> None:
+        """Does something with the session, if there is one, that may fail; then the follower gives up."""
+        if self.session is not None and not self._finished:
+            try:
+                task(self.session)
+            except Exception as error:
+                self.give_up(error)
+
+    def finish(self) -> None:
+        """The framework is done with what we follow: takes the hooks off and closes the session."""
+        self._finished, self._in_iteration = True, False
+        self._hooks.take_off()
+        if self.session is not None:
+            self.session.close()
+
+    def give_up(self, error: Exception) -> None:
+        """Says once what went wrong, and lets the training go on without us."""
+        if self._finished:
+            return
+        step_aside(f"{type(error).__name__}: {error}", details=error)
+        try:
+            self.finish()
+        except Exception as second_error:
+            logger.warning("closing failed too: %s: %s", type(second_error).__name__, second_error)
+
+
+def step_aside(reason: str, *, details: Exception | None = None) -> None:
+    """The one line that says that this package does nothing for this job any more, and why.
+
+    Args:
+        reason: what is wrong and, if known, what to do.
+        details: printed with its traceback where debugging output is on.
+    """
+    show_log()
+    logger.warning("%s; training goes on without perseus", reason)
+    if details is not None:
+        logger.debug("details", exc_info=details)
+
+
+def step_aside_unless_expected(framework: str, differences: Sequence[str]) -> bool:
+    """Says what differs in a framework from what this package relies on, if anything does.
+
+    Args:
+        framework: name and version.
+        differences: expectations that are not met.
+
+    Returns:
+        whether to step aside.
+    """
+    if differences and is_first_rank():
+        step_aside(f"{framework} differs from what perseus knows ({'; '.join(differences)})")
+    return bool(differences)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for what all ranks know. Torch's launchers set RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def device_of_rank(torch_device: torch.device, local_rank: int) -> Device:
+    """The GPU that a rank computes on.
+
+    A rank that computes on the CPU has the simulated GPU with the number of its local rank, where there are any.
+
+    Raises:
+        GpuError: if there is no driver, or no such GPU.
+        InputError: if it cannot be said for certain which GPU it is.
+    """
+    from perseus_core.gpu.discovery import device_by_uuid, visible_devices
+    from perseus_core.gpu.errors import GpuError
+
+    if torch_device.type == "cuda":
+        import torch
+
+        uuid = getattr(torch.cuda.get_device_properties(torch_device), "uuid", None)
+        if uuid is not None:
+            return device_by_uuid(str(uuid))
+        index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
+        return visible_devices()[index]
+    if SIMULATED_GPUS not in os.environ:
+        raise GpuError(
+            f"training runs on {torch_device.type}, not on an NVIDIA GPU; `perseus simulate` gives a job on the CPU "
+            "simulated GPUs"
+        )
+    devices = visible_devices()
+    if local_rank >= len(devices):
+        raise GpuError(
+            f"local rank {local_rank} has no simulated GPU, there are {len(devices)}; describe more (num_gpus)"
+        )
+    return devices[local_rank]
+
+
+def events_of(torch_device: torch.device) -> EventSource:
+    """The marks on the stream that a rank computes on."""
+    return CudaEvents(torch_device) if torch_device.type == "cuda" else HostEvents()

@@ -1,0 +1,290 @@
+"""Makes a GPU's clock follow a plan. The training thread only hands over events; one side thread does the rest.
+
+The side thread follows the GPU, not Python: it waits for the events that the training thread recorded, goes to the
+newest one that was reached, and asks for the next instruction's clock so early that it is in force at the boundary. It
+never asks for a clock that is already set. An error ends it, gives the clock back and is kept for others to read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perseus_core.gpu.device import Device
+from perseus_core.gpu.errors import GpuError
+from perseus_core.runtime.events import Event
+from perseus_core.runtime.give_back import ClockGivenBack, GuardedClock
+from perseus_core.runtime.lookahead import Lookahead, PlannedClock
+from perseus_core.runtime.switch_latency import SwitchLatency
+
+__all__ = ["ClockController", "ClockControllerFailed", "PlannedClock"]
+
+# While a change of clock is due before the next event, this is how often it looks whether that event has come early.
+_LOOK_EVERY_S = 0.005
+_STOP_PATIENCE_S = 0.5
+
+
+class ClockControllerFailed(GpuError):  # noqa: N818 (named by what happened)
+    """An error of ours."""
+
+
+@dataclass(frozen=True)
+class _IterationBegins:
+    plan: Sequence[PlannedClock] | None
+
+
+@dataclass
+class _InstructionBegins:  # not frozen: that would double the cost of making one, on the training thread
+    event: Event
+
+
+@dataclass
+class _InstructionEnds:
+    event: Event
+
+
+@dataclass(frozen=True)
+class _IterationEnds:
+    pass
+
+
+@dataclass(frozen=True)
+class _Hold:
+    clock_mhz: int | None
+
+
+@dataclass(frozen=True)
+class _Stop:
+    pass
+
+
+_Message = _IterationBegins | _InstructionBegins | _InstructionEnds | _IterationEnds | _Hold | _Stop
+
+
+class ClockController:
+    """Sets one GPU's clock, instruction by instruction.
+
+    From `begin_iteration` to `hold`, everything is a message to the controller's thread: it costs about a microsecond,
+    raises nothing, and is acted upon when the GPU has reached what was recorded before. After a failure all of them do
+    nothing.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        switch_latency_s: float = 0.015,
+        *,
+        hang_limit_s: float = 30.0,
+        call_limit_s: float = 2.0,
+    ) -> None:
+        """Touches nothing yet.
+
+        Args:
+            device: the GPU.
+            switch_latency_s: time from a lock call until the clock is in force, until it has been measured.
+            hang_limit_s: time without any message after which the watchdog gives the clock back; it is locked again
+                with the next instruction.
+            call_limit_s: time after which a call of the driver counts as hung.
+        """
+        self._device = device
+        self._failure: GpuError | None = None
+        self._is_following = False
+        self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._reached_next: deque[_Message] = deque()
+        self._lookahead = Lookahead()
+        self._latency = SwitchLatency(switch_latency_s)
+        self._clock = GuardedClock(device, self._give_up, hang_limit_s=hang_limit_s, call_limit_s=call_limit_s)
+        self._in_force_mhz: int | None = None
+        self._times_given_back = 0
+        self._thread = threading.Thread(target=self._run, name="perseus-clock-controller", daemon=True)
+        _controllers.add(self)
+
+    # What the training thread calls
+
+    def start(self) -> None:
+        """Claims the clock and begins to follow, both in side threads. Once only."""
+        self._is_following = True
+        atexit.register(self.stop)
+        self._clock.acquire()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Gives the clock back, for good. Takes a second at most, even where the driver hangs."""
+        atexit.unregister(self.stop)
+        self._is_following = False
+        self._messages.put(_Stop())
+        if self._thread.is_alive():
+            self._thread.join(_STOP_PATIENCE_S)
+        self._clock.release(_STOP_PATIENCE_S)
+
+    def begin_iteration(self, plan: Sequence[PlannedClock] | None) -> None:
+        """The iteration begins; `plan` holds this stage's instructions in order, or is none to leave the clock alone."""
+        if self._is_following:
+            self._messages.put(_IterationBegins(plan))
+
+    def instruction_begins(self, event: Event) -> None:
+        """The next instruction begins at this event."""
+        if self._is_following:
+            self._messages.put(_InstructionBegins(event))
+
+    def instruction_ends(self, event: Event) -> None:
+        """The instruction ends at this event."""
+        if self._is_following:
+            self._messages.put(_InstructionEnds(event))
+
+    def end_iteration(self) -> None:
+        """The iteration ends: the next instruction is the first of an iteration."""
+        if self._is_following:
+            self._messages.put(_IterationEnds())
+
+    def hold(self, clock_mhz: int | None) -> None:
+        """One clock [MHz] for everything until the next `begin_iteration` with a plan; none: leave it to the driver."""
+        if self._is_following:
+            self._messages.put(_Hold(clock_mhz))
+
+    # What anybody may read
+
+    @property
+    def failure(self) -> GpuError | None:
+        """Why the clock was given up, if it was. Its text is one sentence for the user."""
+        return self._failure
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the clock is this process's to set and its watchdog is there; some tenths of a second after `start`."""
+        return self._clock.is_guarded
+
+    @property
+    def num_lock_calls(self) -> int:
+        """How often the clock was locked."""
+        return self._clock.num_lock_calls
+
+    @property
+    def times_given_back(self) -> int:
+        """How often the watchdog gave the clock back while this process was stopped or hung, and went on later."""
+        return self._clock.times_given_back
+
+    @property
+    def clock_in_force_mhz(self) -> int | None:
+        """The clock that was locked last [MHz]; none while it is left to the driver."""
+        return self._in_force_mhz
+
+    @property
+    def switch_latency_s(self) -> float:
+        """Time from a lock call until the clock is in force, as measured on this GPU (`SwitchLatency`)."""
+        return self._latency.seconds
+
+    # The controller's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_what_was_reached():
+                self._set_wanted_clock()
+                self._wait()
+        except ClockGivenBack:
+            pass  # by another thread, which has said why
+        except GpuError as error:
+            self._give_up(error)
+        except Exception as error:
+            self._give_up(ClockControllerFailed(f"following the plan on {self._device.uuid}: {error!r}; please report"))
+        finally:
+            self._clock.release(_STOP_PATIENCE_S)
+            self._in_force_mhz = None
+
+    def _give_up(self, error: GpuError) -> None:
+        """Keeps the first error and ends the following. From this thread, or from the guard's."""
+        if self._failure is None:
+            self._failure = error
+        self._is_following = False
+        self._messages.put(_Stop())
+
+    def _take_what_was_reached(self) -> bool:
+        """Brings the lookahead to the newest event that was reached; returns whether to go on."""
+        while True:
+            while not self._messages.empty():
+                self._reached_next.append(self._messages.get())
+            if self._failure is not None:
+                return False
+            if not self._reached_next or not _is_reached(self._reached_next[0]):
+                return True
+            message = self._reached_next.popleft()
+            self._clock.beat(time.monotonic())
+            match message:
+                case _InstructionBegins(event):
+                    self._lookahead.begin_instruction(event.time_s())
+                case _InstructionEnds():
+                    self._lookahead.end_instruction()
+                case _IterationBegins(plan):
+                    self._lookahead.begin_iteration(plan, self._latency.seconds)
+                case _IterationEnds():
+                    self._lookahead.end_iteration()
+                case _Hold(clock_mhz):
+                    self._lookahead.hold(clock_mhz)
+                case _Stop():
+                    return False
+
+    def _set_wanted_clock(self) -> None:
+        if self._lookahead.is_idle:
+            return
+        if self._clock.times_given_back != self._times_given_back:
+            self._times_given_back = self._clock.times_given_back
+            self._in_force_mhz = None
+        wanted_mhz = self._lookahead.wanted_mhz(time.monotonic(), self._latency.seconds)
+        if wanted_mhz == self._in_force_mhz:
+            return
+        if wanted_mhz is None:
+            self._clock.reset()
+        elif self._latency.wants_sample:
+            self._latency.measure(self._clock, wanted_mhz)
+        else:
+            self._clock.lock(wanted_mhz)
+        self._in_force_mhz = wanted_mhz
+
+    def _wait(self) -> None:
+        """Until the next change is due or the next event is reached, or nearly so."""
+        due_in_s = math.inf
+        if not self._lookahead.is_idle:
+            due_s = self._lookahead.next_change_s(self._latency.seconds)
+            due_in_s = due_s - time.monotonic() if due_s > time.monotonic() else math.inf
+        if not self._reached_next:
+            try:
+                self._reached_next.append(self._messages.get(timeout=None if due_in_s == math.inf else due_in_s))
+            except queue.Empty:
+                return
+        elif due_in_s == math.inf:
+            _wait_for(self._reached_next[0])
+        else:
+            time.sleep(min(due_in_s, _LOOK_EVERY_S))
+
+    def _leave_in_child(self) -> None:
+        """In a forked child: the parent follows, and the parent's clock is not ours."""
+        self._is_following = False
+        atexit.unregister(self.stop)
+
+
+def _is_reached(message: _Message) -> bool:
+    return message.event.reached() if isinstance(message, (_InstructionBegins, _InstructionEnds)) else True
+
+
+def _wait_for(message: _Message) -> None:
+    if isinstance(message, (_InstructionBegins, _InstructionEnds)):
+        message.event.wait()
+
+
+_controllers: weakref.WeakSet[ClockController] = weakref.WeakSet()
+
+
+def _leave_all_in_child() -> None:
+    for controller in list(_controllers):
+        controller._leave_in_child()
+
+
+os.register_at_fork(after_in_child=_leave_all_in_child)

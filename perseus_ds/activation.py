@@ -1,0 +1,60 @@
+"""Looks at every DeepSpeed engine that is made, and follows the pipeline engines whose config asks for it.
+
+All that a job without a `perseus` block ever meets is one look into its config when its engine has been made. Whatever
+follows, follows on that one engine, never on DeepSpeed's classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+BLOCK = "perseus"
+
+
+def activate(engine_module: ModuleType) -> None:
+    """Has engines looked at when they are made.
+
+    Args:
+        engine_module: `deepspeed.runtime.pipe.engine`.
+    """
+    pipeline_engine, any_engine = engine_module.PipelineEngine, engine_module.DeepSpeedEngine
+    _look_after(pipeline_engine, _follow_if_asked)
+    _look_after(any_engine, functools.partial(_step_aside_if_asked, pipeline_engine))
+
+
+def _look_after(engine_class: type, look: Callable[[Any], None]) -> None:
+    """Calls `look(engine)` at the end of a class's `__init__`."""
+    initialise: Any = engine_class.__init__  # type: ignore[misc]
+    if hasattr(initialise, "of_perseus"):
+        return
+
+    @functools.wraps(initialise)
+    def initialise_and_look(engine: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(engine, *args, **kwargs)
+        look(engine)
+
+    initialise_and_look.of_perseus = True  # type: ignore[attr-defined]
+    engine_class.__init__ = initialise_and_look  # type: ignore[misc]
+
+
+def _follow_if_asked(engine: Any) -> None:
+    block = _block_of(engine)
+    if block is not None:
+        from perseus_ds.start import follow
+
+        follow(engine, block)
+
+
+def _step_aside_if_asked(pipeline_engine: type, engine: Any) -> None:
+    if not isinstance(engine, pipeline_engine) and _block_of(engine) is not None:
+        from perseus_ds.start import refuse_engine_without_pipeline
+
+        refuse_engine_without_pipeline()
+
+
+def _block_of(engine: Any) -> Any:
+    """The block as the user wrote it: DeepSpeed keeps keys that it does not know (`DeepSpeedConfig._param_dict`)."""
+    return getattr(getattr(engine, "_config", None), "_param_dict", {}).get(BLOCK)

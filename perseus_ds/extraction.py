@@ -1,0 +1,64 @@
+"""The order of instructions of all stages, from DeepSpeed's own schedule classes, without communication."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from perseus_core.errors import InputError
+from perseus_core.planning.schedule import Instruction, Kind, Schedule, one_f_one_b
+
+# DeepSpeed's names (`deepspeed.runtime.pipe.schedule`), by name so that this module needs no DeepSpeed.
+KIND_OF = {"ForwardPass": Kind.FORWARD, "BackwardPass": Kind.BACKWARD}
+
+
+def schedule_factory(train_schedule: Any) -> Callable[[int], Schedule]:
+    """From a number of microbatches to the schedule that the engine will run.
+
+    Args:
+        train_schedule: what `engine._train_schedule()` returned, on any stage.
+    """
+    schedule_class, num_stages = type(train_schedule), train_schedule.num_stages
+
+    def schedule(num_microbatches: int) -> Schedule:
+        return _schedule(schedule_class, num_stages, num_microbatches)
+
+    return schedule
+
+
+def _schedule(schedule_class: Callable[..., Any], num_stages: int, num_microbatches: int) -> Schedule:
+    stages = tuple(
+        stage_order(stage, schedule_class(micro_batches=num_microbatches, stages=num_stages, stage_id=stage).steps())
+        for stage in range(num_stages)
+    )
+    canonical = one_f_one_b(num_stages, num_microbatches)
+    if stages == canonical.stages:
+        return canonical
+    num_chunks = 1 + max(i.chunk for order in stages for i in order)
+    name = {"DualPipeVSchedule": "dualpipev"}.get(schedule_class.__name__, schedule_class.__name__)
+    return Schedule(name, num_chunks, num_microbatches, stages)
+
+
+def stage_order(stage: int, steps: Iterable[Iterable[Any]]) -> tuple[Instruction, ...]:
+    """One stage's forwards and backwards in the order of a DeepSpeed schedule's steps.
+
+    DeepSpeed's instructions name a buffer, not a microbatch: the n-th forward (backward) of a chunk is microbatch n.
+    DualPipeV's instructions also name a `phase`: the model chunk.
+
+    Raises:
+        InputError: if there is no forward or backward at all.
+    """
+    next_microbatch: dict[tuple[Kind, int], int] = {}
+    order = []
+    for commands in steps:
+        for command in commands:
+            kind = KIND_OF.get(type(command).__name__)
+            if kind is None:
+                continue
+            chunk = command.kwargs.get("phase", 0)
+            microbatch = next_microbatch.get((kind, chunk), 0)
+            next_microbatch[kind, chunk] = microbatch + 1
+            order.append(Instruction(stage, chunk, microbatch, kind))
+    if not order:
+        raise InputError(f"DeepSpeed's schedule of stage {stage} has neither forward nor backward passes")
+    return tuple(order)
