@@ -9,10 +9,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from perseus_core import __version__
-from perseus_core.commands import compare, plan, plot, simulate, solve
+from perseus_core.commands import compare, doctor, plan, plot, simulate, solve
 from perseus_core.errors import InputError, PerseusError
 
-_COMMANDS = {"solve": solve, "plan": plan, "compare": compare, "plot": plot, "simulate": simulate}
+_COMMANDS = {
+    "solve": solve,
+    "plan": plan,
+    "compare": compare,
+    "plot": plot,
+    "doctor": doctor,
+    "simulate": simulate,
+}
 
 _DESCRIPTION = """\
 Perseus removes energy bloat from pipeline-parallel training: most instructions of a

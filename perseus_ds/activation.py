@@ -43,9 +43,10 @@ def _look_after(engine_class: type, look: Callable[[Any], None]) -> None:
 def _follow_if_asked(engine: Any) -> None:
     block = _block_of(engine)
     if block is not None:
+        from perseus_ds.config import read_block
         from perseus_ds.start import follow
 
-        follow(engine, block)
+        follow(engine, read_block(block))
 
 
 def _step_aside_if_asked(pipeline_engine: type, engine: Any) -> None:

@@ -147,7 +147,7 @@ class _Network:
     ticks_per_s: float
     flow_per_w: float
     slowest_time_s: float
-    num_instruction_curves: int
+    hulls: list[NDArray[np.int64]]
     curve_of: NDArray[np.int32]
 
     @classmethod
@@ -164,12 +164,15 @@ class _Network:
         ticks_per_s = 2.0 ** (_TIME_BITS - np.ceil(np.log2(slowest_time_s)))
         hulls = [(np.asarray(c.times_s)[c.hull], c.effective_energies_j[c.hull]) for c in problem.curves]
         latencies_s, latency_curve = np.unique(dag.latency_s, return_inverse=True)
-        knots = [np.round(times * ticks_per_s).astype(np.int64) for times, _ in hulls]
-        knots += [np.round([latency * ticks_per_s]).astype(np.int64) for latency in (*latencies_s, 0.0)]
         slopes = [-np.diff(costs) / np.diff(times) for times, costs in hulls]
         steepest = max((slope.max() for slope in slopes if slope.size), default=1.0)
         flow_per_w = 2.0 ** (_FLOW_BITS - np.ceil(np.log2(steepest * n)))
-        steepness = [np.append(np.round(slope * flow_per_w), 0).astype(np.int64) for slope in slopes]
+        knots, steepness = [], []
+        for (times_s, _), slope in zip(hulls, slopes, strict=True):
+            knot, steep = _distinct(np.round(times_s * ticks_per_s), np.round(slope * flow_per_w))
+            knots.append(knot)
+            steepness.append(steep)
+        knots += [np.round([latency * ticks_per_s]).astype(np.int64) for latency in (*latencies_s, 0.0)]
         steepness += [np.zeros(1, np.int64)] * (len(latencies_s) + 1)
 
         num_curves = len(problem.curves)
@@ -199,16 +202,35 @@ class _Network:
             float(ticks_per_s),
             float(flow_per_w),
             slowest_time_s,
-            num_curves,
+            [np.round(times_s * ticks_per_s).astype(np.int64) for times_s, _ in hulls],
             problem.curve_of,
         )
 
     def positions(self, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
         """Where on its hull each instruction stands: knot number plus share of the way to the next slower knot."""
         positions = np.empty(lengths.shape, np.float32)
-        for i in range(self.num_instruction_curves):
+        for i, knots in enumerate(self.hulls):
             members = self.curve_of == i
-            knots = self.length[self.first_knot[i] : self.first_knot[i + 1]]
             positions[:, members] = np.interp(lengths[:, members], knots, np.arange(len(knots)))
         return positions
 
+
+
+def _distinct(knots: NDArray[np.float64], slopes: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Leaves out knots that are none once they are whole numbers: at the length of the next, or without a bend.
+
+    What is left has strictly ascending lengths, and strictly descending slopes that end in the 0 beyond the last knot.
+    """
+    kept_knots, kept_slopes = [knots[0]], [np.inf]
+    for knot, slope in zip(knots[1:], slopes, strict=True):
+        if knot == kept_knots[-1]:
+            continue
+        while kept_slopes[-1] <= slope:
+            kept_knots.pop()
+            kept_slopes.pop()
+        kept_knots.append(knot)
+        kept_slopes.append(slope)
+    while kept_slopes[-1] == 0:
+        kept_knots.pop()
+        kept_slopes.pop()
+    return np.array(kept_knots, np.int64), np.array([*kept_slopes[1:], 0], np.int64)

@@ -14,7 +14,7 @@ _TOUCHING = 1e-9
 def critical_path(
     dag: ComputationDag, start_s: NDArray[np.float64], duration_s: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """One chain from the start to the end of the iteration in which each instruction starts when the one before lets it.
+    """One chain through the iteration, start to end, in which each instruction starts when the one before lets it.
 
     Where several are critical, the chain stays on a stage as long as it can. Transfer latencies need not be known: an
     instruction that does not start with the end of its predecessor on the stage waited for the last transfer to come.

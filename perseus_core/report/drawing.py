@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from perseus_core.errors import InputError
 from perseus_core.report.palette import FAINT_INK, GRID, INK, Ramp
@@ -12,7 +12,7 @@ from perseus_core.report.palette import FAINT_INK, GRID, INK, Ramp
 if TYPE_CHECKING:
     from matplotlib.colors import LinearSegmentedColormap
 
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,

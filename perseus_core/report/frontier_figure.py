@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from perseus_core.planning.baselines import Baseline, all_max
 from perseus_core.planning.execution import Execution
@@ -60,32 +60,49 @@ def draw_frontier(
         time_limits_s, energy_limits_j = _limits(frontier, maximum, baselines, published)
         energy = Scale.of(energy_limits_j, "J")
 
-        def curve(times_s: NDArray[np.float64], energies_j: NDArray[np.float64], **style: object) -> None:
-            axes.plot(times_s, energies_j / energy.factor, **style)  # type: ignore[arg-type]
+        def curve(times_s: NDArray[np.float64], energies_j: NDArray[np.float64], **style: Any) -> None:
+            axes.plot(times_s, energies_j / energy.factor, **style)
 
         for baseline, (colour, marker) in zip(baselines, BASELINES * len(baselines), strict=False):
             times_s = np.array([p.iteration_time_s for p in baseline.points])
             energies_j = np.array([p.energy_j for p in baseline.points])
             # A single point has no line to lead the eye to it.
             size = 4.5 if len(times_s) > 1 else 8
-            line = {"color": colour, "marker": marker, "markersize": size, "linewidth": 0.7, "label": baseline.name}
-            curve(times_s, energies_j, markeredgecolor="white", markeredgewidth=0.5, **line)
+            curve(
+                times_s,
+                energies_j,
+                color=colour,
+                linewidth=0.7,
+                marker=marker,
+                markersize=size,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+                label=baseline.name,
+            )
         if published is not None:
-            style = {"color": INK, "linewidth": 1.1, "linestyle": (0, (4, 2)), "label": "Published frontier, as printed"}
-            curve(*published, **style)
+            curve(*published, color=INK, linewidth=1.1, linestyle=(0, (4, 2)), label="Published frontier, as printed")
         curve(frontier.times_s, frontier.energies_j, color=FRONTIER, linewidth=2.2, label="Frontier", zorder=4)
         waiting_s = np.array([frontier.min_energy_time_s, time_limits_s[1]])
         waiting_j = np.array([frontier.energy_j(time_s) for time_s in waiting_s])
-        waiting = {"color": FRONTIER, "linewidth": 1.4, "linestyle": ":", "label": "Beyond T*: wait at blocking power"}
-        curve(waiting_s, waiting_j, zorder=3, **waiting)
+        waiting = "Beyond T*: wait at blocking power"
+        curve(waiting_s, waiting_j, color=FRONTIER, linewidth=1.4, linestyle=":", label=waiting, zorder=3)
 
         def point(time_s: float, energy_j: float, label: str, marker: str, size: float, face: str) -> None:
-            place = np.array([time_s]), np.array([energy_j])
-            edge = {"markeredgecolor": "white", "markeredgewidth": 0.9}
-            curve(*place, color=face, marker=marker, markersize=size, linestyle="none", label=label, zorder=6, **edge)
+            curve(
+                np.array([time_s]),
+                np.array([energy_j]),
+                color=face,
+                linestyle="none",
+                marker=marker,
+                markersize=size,
+                markeredgecolor="white",
+                markeredgewidth=0.9,
+                label=label,
+                zorder=6,
+            )
 
         point(maximum.iteration_time_s, maximum.energy_j, "All clocks at maximum", "X", 9, INK)
-        point(*_end(frontier), "T*: least energy", "o", 8, FRONTIER)
+        point(frontier.min_energy_time_s, float(frontier.energies_j[-1]), "T*: least energy", "o", 8, FRONTIER)
         if plan is not None:
             name = f"Plan: saving {percent(plan.saving)}, slowdown {percent(plan.slowdown)}"
             point(plan.iteration_time_s, plan.energy_j, name, "*", 14, CHOSEN)
@@ -99,10 +116,6 @@ def draw_frontier(
         axes.set_title(title or schedule_title(frontier.problem.schedule), loc="left", fontsize=11.5, weight="bold")
         figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
         return figure
-
-
-def _end(frontier: Frontier[PipelineProblem]) -> tuple[float, float]:
-    return frontier.min_energy_time_s, float(frontier.energies_j[-1])
 
 
 def _limits(
@@ -128,12 +141,21 @@ def _limits(
 def _draw_relative_axes(axes: Axes, maximum: Execution, energy: Scale) -> None:
     """Slowdown above and saving at the right, against all clocks at maximum."""
     time_s, energy_shown = maximum.iteration_time_s, maximum.energy_j / energy.factor
-    slowdown = axes.secondary_xaxis(
-        "top", functions=(lambda t: 100 * (t / time_s - 1), lambda percents: time_s * (1 + percents / 100))
-    )
-    saving = axes.secondary_yaxis(
-        "right", functions=(lambda e: 100 * (1 - e / energy_shown), lambda percents: energy_shown * (1 - percents / 100))
-    )
+
+    def to_slowdown(times: ArrayLike) -> ArrayLike:
+        return 100 * (np.asarray(times) / time_s - 1)
+
+    def from_slowdown(percents: ArrayLike) -> ArrayLike:
+        return time_s * (1 + np.asarray(percents) / 100)
+
+    def to_saving(energies: ArrayLike) -> ArrayLike:
+        return 100 * (1 - np.asarray(energies) / energy_shown)
+
+    def from_saving(percents: ArrayLike) -> ArrayLike:
+        return energy_shown * (1 - np.asarray(percents) / 100)
+
+    slowdown = axes.secondary_xaxis("top", functions=(to_slowdown, from_slowdown))
+    saving = axes.secondary_yaxis("right", functions=(to_saving, from_saving))
     slowdown.set_xlabel("Slowdown [%]", color=FAINT_INK)
     saving.set_ylabel("Saving [%]", color=FAINT_INK)
     for relative in (slowdown, saving):

@@ -42,7 +42,7 @@ class _Settings:
 def frontier_data(
     frontier: Frontier[PipelineProblem], baselines: Iterable[Baseline] = (), num_points: int = 60
 ) -> dict[str, Any]:
-    """The frontier, real plans of points spread over it (one at the baseline's time, if it has one), and what others reach."""
+    """The frontier, plans of real clocks for points spread over it (one at the baseline's time), and what others reach."""
     problem = frontier.problem
     maximum = all_max(problem)
     targets_s = _targets_s(frontier, maximum.iteration_time_s, num_points)
@@ -112,8 +112,7 @@ def _point(timeline: Timeline, settings: _Settings, tick_s: float) -> dict[str, 
 def _targets_s(frontier: Frontier[PipelineProblem], baseline_time_s: float, num_points: int) -> list[float]:
     """Iteration times spread over the frontier, its ends and the baseline's among them."""
     spread_s = np.linspace(frontier.fastest_time_s, frontier.min_energy_time_s, max(2, num_points))
-    ends_s = spread_s[[0, -1]]
-    if ends_s[0] < baseline_time_s < ends_s[1]:
+    if spread_s[0] * (1 + 1e-9) < baseline_time_s < spread_s[-1] and len(spread_s) > 2:
         nearest = int(np.argmin(np.abs(spread_s[1:-1] - baseline_time_s))) + 1
         spread_s[nearest] = baseline_time_s
     return sorted(set(spread_s.tolist()))

@@ -29,15 +29,14 @@ def save_figure(figure: Figure | str, path: str | Path) -> None:
         InputError: if the suffix is another, does not fit, or the file cannot be written.
     """
     suffix = Path(path).suffix.lower()
+    shown = suffix or "a file without suffix"
     if isinstance(figure, str):
         if suffix != ".html":
-            raise InputError(f"{path}: an interactive page cannot be written as {suffix or 'a file without suffix'}; use .html")
+            raise InputError(f"{path}: an interactive page cannot be written as {shown}; use .html")
         write_text(path, figure)
         return
     if suffix not in _METADATA:
-        raise InputError(
-            f"{path}: a figure cannot be written as {suffix or 'a file without suffix'}; use {', '.join(_METADATA)}"
-        )
+        raise InputError(f"{path}: a figure cannot be written as {shown}; use {', '.join(_METADATA)}")
     content = io.BytesIO()
     with figure_style():
         figure.savefig(content, format=suffix[1:], dpi=_DOTS_PER_INCH, metadata=_METADATA[suffix])

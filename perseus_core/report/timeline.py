@@ -22,7 +22,7 @@ class Timeline:
     """When each instruction runs, how long and at which clock. Arrays have shape (N,), in the schedule's order.
 
     Attributes:
-        schedule: stages and their instructions.
+        dag: instructions and their order.
         start_s, duration_s: float64.
         clock_mhz: int64.
         energy_j: float64, of one GPU of the instruction's stage.
@@ -30,7 +30,7 @@ class Timeline:
         iteration_energy_j: one GPU for each stage, waiting included.
     """
 
-    schedule: Schedule
+    dag: ComputationDag
     start_s: NDArray[np.float64]
     duration_s: NDArray[np.float64]
     clock_mhz: NDArray[np.int64]
@@ -43,7 +43,7 @@ class Timeline:
         """What a plan promises."""
         planned = [p for order in plan.stages for p in order]
         return cls(
-            plan.schedule,
+            ComputationDag.of(plan.schedule),
             np.array([p.start_s for p in planned]),
             np.array([p.duration_s for p in planned]),
             np.array([p.clock_mhz for p in planned]),
@@ -56,7 +56,7 @@ class Timeline:
     def of_execution(cls, problem: PipelineProblem, execution: Execution) -> Timeline:
         """An iteration at given clocks."""
         return cls(
-            problem.schedule,
+            problem.dag,
             problem.dag.start_times_s(execution.durations_s),
             execution.durations_s,
             execution.clocks_mhz,
@@ -64,6 +64,11 @@ class Timeline:
             execution.iteration_time_s,
             execution.energy_j,
         )
+
+    @property
+    def schedule(self) -> Schedule:
+        """Stages and their instructions."""
+        return self.dag.schedule
 
     @property
     def pipeline_time_s(self) -> float:
@@ -78,7 +83,7 @@ class Timeline:
     @cached_property
     def critical_path(self) -> NDArray[np.int64]:
         """Places of the instructions of one critical path, first to last."""
-        return critical_path(ComputationDag.of(self.schedule), self.start_s, self.duration_s)
+        return critical_path(self.dag, self.start_s, self.duration_s)
 
     def coloured_by(self, colour: Colour) -> NDArray[np.float64]:
         """The quantity that the colours show: clock in MHz or power in W."""

@@ -1,4 +1,4 @@
-"""The pipeline's timeline: stages as rows, instructions as boxes, coloured by clock or power (paper, figures 1 and 10)."""
+"""The pipeline's timeline: stages as rows, instructions as boxes, coloured by clock or power."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draw_timeline(plan: Plan, *, colour: Colour = "clock", title: str | None = N
         plan: made or loaded.
         colour: what colours show, `clock` or `power`.
         title: by default the plan's schedule.
-        width_in: width of the figure in inches; numbers of microbatches are left out where boxes get too narrow for them.
+        width_in: width of the figure in inches; microbatch numbers are left out where boxes are too narrow for them.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -69,7 +69,10 @@ def draw_before_and_after(
     before = Timeline.of_execution(problem, baseline)
     same_clock = len(np.unique(baseline.clocks_mhz)) == 1
     name = f"All clocks at {baseline.clocks_mhz[0]} MHz" if same_clock else "Baseline"
-    panels = [_Panel(before, f"{name}: {time_and_energy(before.iteration_time_s, before.iteration_energy_j)}"), _Panel(Timeline.of_plan(plan), f"Plan: {plan_heading(plan)}")]
+    panels = [
+        _Panel(before, f"{name}: {time_and_energy(before.iteration_time_s, before.iteration_energy_j)}"),
+        _Panel(Timeline.of_plan(plan), f"Plan: {plan_heading(plan)}"),
+    ]
     return _draw(panels, colour, title, width_in)
 
 
@@ -121,7 +124,7 @@ def _draw(panels: list[_Panel], colour: Colour, title: str | None, width_in: flo
 
         bar_height = (height_in - _HEADER - _HEADING - _FOOTER) / height_in
         bar = figure.add_axes(((width_in - _RIGHT + 0.16) / width_in, _FOOTER / height_in, 0.15 / width_in, bar_height))
-        figure.colorbar(mapping, cax=bar, label=ramp.label).outline.set_visible(False)  # type: ignore[operator]
+        figure.colorbar(mapping, cax=bar, label=ramp.label).outline.set_visible(False)
 
         baseline_in = height_in - 0.30
         figure.text(
@@ -146,11 +149,13 @@ def _draw_panel(axes: Axes, timeline: Timeline, mapping: ScalarMappable, colour:
             axes.fill_between([0, timeline.iteration_time_s], row + _TOP, row + _BOTTOM, color=WAITING, linewidth=0)
     narrowest = points_per_s * float(timeline.duration_s.min())
     faces = mapping.to_rgba(timeline.coloured_by(colour))
+    edge_points = float(np.clip(0.1 * narrowest, 0.15, 0.8))
+    bar_and_gap = _BAR + _BAR_GAP
     boxes = PolyCollection(
-        _rectangles(start, end, stage + upper + above * (_BAR + _BAR_GAP), stage + lower - below * (_BAR + _BAR_GAP)),
+        _rectangles(start, end, stage + upper + above * bar_and_gap, stage + lower - below * bar_and_gap),
         facecolors=faces,
         edgecolors="white",
-        linewidths=float(np.clip(0.1 * narrowest, 0.15, 0.8)),
+        linewidths=edge_points,
         label="instructions",
     )
     axes.add_collection(boxes)
@@ -160,7 +165,7 @@ def _draw_panel(axes: Axes, timeline: Timeline, mapping: ScalarMappable, colour:
             _rectangles(start[chosen], end[chosen], edge, edge + _BAR),
             facecolors=INK,
             edgecolors="white",
-            linewidths=boxes.get_linewidths(),
+            linewidths=edge_points,
             label="backward bars",
         )
         axes.add_collection(bars)
@@ -294,6 +299,7 @@ def _box_edges(schedule: Schedule) -> tuple[NDArray[np.float64], NDArray[np.floa
 
 def _rectangles(
     left: NDArray[np.float64], right: NDArray[np.float64], upper: NDArray[np.float64], lower: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Corners of boxes, of shape (number of boxes, 4, 2)."""
-    return np.stack([np.stack(corner, -1) for corner in ((left, upper), (right, upper), (right, lower), (left, lower))], 1)
+) -> list[NDArray[np.float64]]:
+    """The corners of each box, of shape (4, 2)."""
+    corners = ((left, upper), (right, upper), (right, lower), (left, lower))
+    return list(np.stack([np.stack(corner, -1) for corner in corners], 1))

@@ -86,9 +86,9 @@ class Follower:
         self._finished = False
 
     @property
-    def is_following(self) -> bool:
-        """Whether an iteration is going on that the session knows of."""
-        return self._in_iteration
+    def is_finished(self) -> bool:
+        """Whether it does nothing any more."""
+        return self._finished
 
     def begin_iteration(self, num_microbatches: int, *, training: bool, opening: Sequence[Any] = ()) -> None:
         """An iteration starts. Iterations before the first training one (a first evaluation) are not followed."""

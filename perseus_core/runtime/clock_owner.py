@@ -20,7 +20,7 @@ from perseus_core.gpu.errors import GpuError
 
 FOLDER_VARIABLE = "PERSEUS_CLOCK_OWNERS"
 _SIMULATION_VARIABLE = "PERSEUS_SIMULATED_GPUS"
-_FOLDER = Path("/tmp/perseus-clock-owners")  # noqa: S108  (not $TMPDIR, which differs from job to job)
+_FOLDER = Path("/tmp/perseus-clock-owners")  # not $TMPDIR, which differs from job to job
 _MAX_BYTES = 4096
 _RETRY_EVERY_S = 0.05
 
@@ -89,8 +89,8 @@ def claim_clock(uuid: str, *, patience_s: float = 0.0) -> ClockClaim:
             owner = _read(descriptor)
             os.close(descriptor)
             raise ClockTaken(
-                f"the clock of {uuid} belongs to {owner or 'another process'}; this process measures only; end the other "
-                "job, or give each job its own GPUs"
+                f"the clock of {uuid} belongs to {owner or 'another process'}; this process measures only; end the "
+                "other job, or give each job its own GPUs"
             )
         time.sleep(_RETRY_EVERY_S)
     was_left_behind = os.fstat(descriptor).st_size > 0
@@ -142,8 +142,8 @@ def _open(uuid: str) -> int:
             return descriptor
     except OSError as error:
         raise GpuError(
-            f"{path}: the owner of the clock cannot be entered ({error.strerror}); set {FOLDER_VARIABLE} to a folder that "
-            "all jobs of this machine may write to"
+            f"{path}: the owner of the clock cannot be entered ({error.strerror}); set {FOLDER_VARIABLE} to a folder "
+            "that all jobs of this machine may write to"
         ) from None
 
 

@@ -126,7 +126,7 @@ class ClockController:
         self._clock.release(_STOP_PATIENCE_S)
 
     def begin_iteration(self, plan: Sequence[PlannedClock] | None) -> None:
-        """The iteration begins; `plan` holds this stage's instructions in order, or is none to leave the clock alone."""
+        """The iteration begins. `plan`: this stage's instructions in order, or none to leave the clock alone."""
         if self._is_following:
             self._messages.put(_IterationBegins(plan))
 
@@ -159,7 +159,7 @@ class ClockController:
 
     @property
     def is_guarded(self) -> bool:
-        """Whether the clock is this process's to set and its watchdog is there; some tenths of a second after `start`."""
+        """Whether the clock is ours to set and the watchdog is there: some tenths of a second after `start`."""
         return self._clock.is_guarded
 
     @property
@@ -211,7 +211,7 @@ class ClockController:
         while True:
             while not self._messages.empty():
                 self._reached_next.append(self._messages.get())
-            if self._failure is not None:
+            if not self._is_following:
                 return False
             if not self._reached_next or not _is_reached(self._reached_next[0]):
                 return True
@@ -229,7 +229,7 @@ class ClockController:
                 case _Hold(clock_mhz):
                     self._lookahead.hold(clock_mhz)
                 case _Stop():
-                    return False
+                    pass  # it was there to wake this thread
 
     def _set_wanted_clock(self) -> None:
         if self._lookahead.is_idle:
@@ -242,18 +242,18 @@ class ClockController:
             return
         if wanted_mhz is None:
             self._clock.reset()
-        elif self._latency.wants_sample:
-            self._latency.measure(self._clock, wanted_mhz)
         else:
-            self._clock.lock(wanted_mhz)
+            self._latency.lock(self._clock, wanted_mhz)
         self._in_force_mhz = wanted_mhz
 
     def _wait(self) -> None:
         """Until the next change is due or the next event is reached, or nearly so."""
-        due_in_s = math.inf
+        now_s, due_in_s = time.monotonic(), math.inf
         if not self._lookahead.is_idle:
+            if self._lookahead.wanted_mhz(now_s, self._latency.seconds) != self._in_force_mhz:
+                return  # it has just become due
             due_s = self._lookahead.next_change_s(self._latency.seconds)
-            due_in_s = due_s - time.monotonic() if due_s > time.monotonic() else math.inf
+            due_in_s = due_s - now_s if due_s > now_s else math.inf
         if not self._reached_next:
             try:
                 self._reached_next.append(self._messages.get(timeout=None if due_in_s == math.inf else due_in_s))

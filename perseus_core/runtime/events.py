@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from typing import Any, NamedTuple, Protocol
 
@@ -61,8 +62,8 @@ class _Anchor(NamedTuple):
     time_s: float
 
 
-# CUDA gives the time between two events as a 32-bit float in milliseconds (good to 1 us for 10 s, to 1 ms for hours), and
-# the GPU's clock drifts against the host's; so events are timed against a young anchor.
+# CUDA gives the time between two events as a 32-bit float in milliseconds (good to 1 us for 10 s, to 1 ms for hours),
+# and the GPU's clock drifts against the host's; so events are timed against a young anchor.
 _ANCHOR_AGE_S = 10.0
 _ANCHOR_ATTEMPTS = 5
 _ANCHOR_GOOD_ENOUGH_S = 50e-6
@@ -109,8 +110,7 @@ class CudaEvents:
         Args:
             device: a `torch.device` or CUDA index; by default the current one.
         """
-        import torch
-
+        torch: Any = importlib.import_module("torch")
         self._torch = torch
         self._device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
         # A stream of its own, always empty: the anchor is reached at once, whatever the compute stream is doing.

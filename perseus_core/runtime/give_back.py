@@ -4,15 +4,15 @@ How the clock comes back, case by case:
 
 - normal end, exception, `sys.exit`, SIGINT: the interpreter runs `atexit`, and the controller stops (`controller`);
 - SIGTERM, SIGKILL, `os._exit`, crash: the watchdog sees the process gone and resets the clock within a second;
-- stopped by a debugger or SIGSTOP, or without a sign of life for longer than a limit: the watchdog resets the clock, and
-  counts it; when the process goes on it notices and locks the clock again with its next instruction;
+- stopped by a debugger or SIGSTOP, or without a sign of life for longer than a limit: the watchdog resets the clock and
+  counts it; when the process goes on it notices, and locks the clock again with its next instruction;
 - a call of the driver that does not return: the clock is reset from another thread and no more calls are made;
-- the watchdog itself killed: another is started within three seconds; when that keeps happening, the clock is given back;
+- the watchdog itself killed: another is started within three seconds; when that goes on, the clock is given back;
 - everything killed at one stroke: the next job that claims the GPU resets its clock first.
 
-No signal handler is installed. A Python handler would run only when the main thread is back in Python: a rank that waits
-in a collective for a rank that has died would then no longer end at a scheduler's SIGTERM, as it does today. So exit
-codes and other people's handlers are as without this package.
+No signal handler is installed. A Python handler would run only when the main thread is back in Python: a rank that
+waits in a collective for a rank that has died would then no longer end at a scheduler's SIGTERM, as it does today. So
+exit codes and other people's handlers are as without this package.
 
 Given back means reset: NVML does not tell which clocks were locked before, so a lock set by hand before the job
 (`nvidia-smi -lgc`) is gone after it.
@@ -136,9 +136,6 @@ class GuardedClock:
                 self._pulse.may_be_locked = False
             raise
         self.num_lock_calls += 1
-        if self._leaving.is_set():
-            # It came back too late: the clock was given back meanwhile, and now it is locked again.
-            self._reset_and_leave()
 
     def reset(self) -> None:
         """Gives the clock back to the driver, but keeps the right to lock it.
@@ -175,10 +172,11 @@ class GuardedClock:
 
     def leave_in_child(self) -> None:
         """In a forked child: all of this is the parent's."""
+        # New ones: the parent's threads, which are not here, may have held a lock inside the old ones.
+        self._leaving, self._left, self._release_turn = threading.Event(), threading.Event(), threading.Lock()
         self._leaving.set()
-        self._release_turn = threading.Lock()
-        self._release_turn.acquire()
         self._left.set()
+        self._release_turn.acquire()
         if self._claim is not None:
             self._claim.close_in_child()
         self._claim = None
@@ -211,6 +209,9 @@ class GuardedClock:
             return call()
         finally:
             self._call_since_s = None
+            if self._leaving.is_set() and self._claim is not None:
+                # It came back too late: the clock was given back meanwhile, and may now be locked again.
+                self._reset_and_leave()
 
     # The guard's thread
 
@@ -252,8 +253,8 @@ class GuardedClock:
         self._num_watchdogs += 1
         if self._num_watchdogs > _MAX_WATCHDOGS:
             raise WatchdogFailed(
-                f"the watchdog of {self._device.uuid} was killed {_MAX_WATCHDOGS} times; without it no clock is locked; "
-                "find out what kills `python -m perseus_core.runtime.watchdog`"
+                f"the watchdog of {self._device.uuid} was killed {_MAX_WATCHDOGS} times; without it no clock is "
+                "locked; find out what kills `python -m perseus_core.runtime.watchdog`"
             )
         start_s = time.monotonic()
         assert self._claim is not None, "the clock is claimed before it is guarded"

@@ -47,7 +47,7 @@ class Pulse:
 
     @property
     def may_be_locked(self) -> bool:
-        """Whether there is a clock to give back. Written by the training process, before it locks and after it resets."""
+        """Whether there is a clock to give back. Written by the training process: before it locks, after it resets."""
         return self._words[_MAY_BE_LOCKED] != 0
 
     @may_be_locked.setter

@@ -27,20 +27,21 @@ class SwitchLatency:
         self.seconds = assumed_s
         self._measured_s: deque[float] = deque(maxlen=_KEPT)
         self._num_switches = 0
-        self._num_watched = 0
 
-    @property
-    def wants_sample(self) -> bool:
-        """Whether the next change should be watched; counts the changes."""
-        self._num_switches += 1
-        return self._num_watched < _NUM_FIRST or self._num_switches % _ONE_IN == 0
+    def lock(self, clock: GuardedClock, clock_mhz: int) -> None:
+        """Locks a clock, and watches the change if it is one of the few to be watched.
 
-    def measure(self, clock: GuardedClock, clock_mhz: int) -> None:
-        """Locks a clock and watches the change.
-
-        A change that does not show, because power or heat holds the clock elsewhere, says nothing and is not counted.
+        Raises:
+            GpuError: if it cannot be locked.
         """
-        self._num_watched += 1
+        self._num_switches += 1
+        if self._num_switches <= _NUM_FIRST or self._num_switches % _ONE_IN == 0:
+            self._lock_and_watch(clock, clock_mhz)
+        else:
+            clock.lock(clock_mhz)
+
+    def _lock_and_watch(self, clock: GuardedClock, clock_mhz: int) -> None:
+        """A change that does not show, because power or heat holds the clock elsewhere, is not counted."""
         before_mhz = clock.sm_clock_mhz()
         asked_s = time.monotonic()
         clock.lock(clock_mhz)

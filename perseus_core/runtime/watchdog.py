@@ -115,7 +115,7 @@ class Watchdog:
                 time.sleep(LOOK_EVERY_S)
             else:
                 outcome = "was reset"
-                # Afterwards, so that a process which wakes up meanwhile and locks the clock learns that it was too early.
+                # Afterwards, so that a process which wakes up meanwhile and locks the clock learns of this reset.
                 self._pulse.times_given_back += 1
                 break
         syslog.syslog(f"perseus: process {self._pid} {reason}; the clock of {self._device.uuid} {outcome}")

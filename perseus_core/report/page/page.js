@@ -158,6 +158,10 @@
   const AXIS = 34, LEFT = 44;
   const timeToX = (canvas) => (canvas.clientWidth - LEFT - 8) / longest;
 
+  const pipelineTime = (point) =>
+    Math.max(...point.setting.map((s, k) => point.start_ticks[k] * data.tick_s + data.settings[s][DURATION]));
+  const hasOutside = (point) => point.time_s - pipelineTime(point) > 1e-4 * longest;
+
   function box(point, k, perSecond) {
     const [stage, chunk, , kind] = data.instructions[k];
     const name = data.kinds[kind];
@@ -178,7 +182,7 @@
     const pen = canvas.getContext("2d");
     pen.scale(scale, scale);
     const perSecond = timeToX(canvas), painted = faces();
-    const ink = style("--ink"), faint = style("--faint"), page = style("--page");
+    const ink = style("--ink"), faint = style("--faint");
     const family = getComputedStyle(document.body).fontFamily;
     pen.textAlign = "center";
     pen.textBaseline = "middle";
@@ -186,9 +190,26 @@
     pen.font = `12px ${family}`;
     for (let stage = 0; stage < data.num_stages; stage++) {
       pen.fillStyle = style("--waiting");
-      pen.fillRect(LEFT, (stage + 0.07) * rowHeight, point.time_s * perSecond, 0.86 * rowHeight);
+      pen.fillRect(LEFT, (stage + 0.07) * rowHeight, pipelineTime(point) * perSecond, 0.86 * rowHeight);
       pen.fillStyle = faint;
       pen.fillText(String(stage), LEFT - 12, (stage + 0.5) * rowHeight);
+    }
+    if (hasOutside(point)) {
+      // Stripes from the last instruction to the end of the iteration.
+      const from = LEFT + pipelineTime(point) * perSecond, to = LEFT + point.time_s * perSecond, rows = data.num_stages * rowHeight;
+      pen.save();
+      pen.beginPath();
+      pen.rect(from, 0, to - from, rows);
+      pen.clip();
+      pen.beginPath();
+      for (let x = from - rows; x < to; x += 9) {
+        pen.moveTo(x, rows);
+        pen.lineTo(x + rows, 0);
+      }
+      pen.strokeStyle = faint;
+      pen.lineWidth = 0.6;
+      pen.stroke();
+      pen.restore();
     }
     pen.save();
     pen.translate(9, (data.num_stages * rowHeight) / 2);
@@ -207,7 +228,7 @@
 
     const digits = String(data.num_microbatches - 1).length;
     const bar = Math.max(2, 0.1 * rowHeight), gap = Math.max(1, 0.05 * rowHeight);
-    pen.font = `10px ${family}`;
+    pen.font = `9.5px ${family}`;
     data.instructions.forEach((instruction, k) => {
       const b = box(point, k, perSecond);
       const edge = Math.min(0.8, 0.1 * b.width);
@@ -218,7 +239,7 @@
       pen.fillStyle = ink;
       if (b.below) pen.fillRect(b.x + edge / 2, b.bottom - bar, b.width - edge, bar);
       if (b.above) pen.fillRect(b.x + edge / 2, b.top, b.width - edge, bar);
-      if (b.width >= 5.8 * digits + 1 && rowHeight >= 18) {
+      if (b.width >= 5.3 * digits + 0.5 && rowHeight >= 18) {
         pen.fillStyle = light ? "#1f2328" : "#ffffff";
         pen.fillText(String(instruction[MICROBATCH]), b.x + b.width / 2, (b.top + b.bottom) / 2 + 0.1 * rowHeight);
       }
@@ -237,7 +258,6 @@
     pen.strokeStyle = data.ramps[colour].critical_path;
     pen.lineWidth = 2;
     pen.stroke();
-    pen.fillStyle = page;
   }
 
   const kindNames = {
@@ -256,6 +276,9 @@
     });
     marks.push(`<span><i style="background:var(--waiting)"></i>waiting</span>`);
     marks.push(`<span><i style="height:2px;background:${ramp.critical_path}"></i>critical path</span>`);
+    if (hasOutside(data.points[current])) {
+      marks.push('<span><i style="background:repeating-linear-gradient(135deg,var(--faint) 0 1px,transparent 1px 6px)"></i>outside the pipeline</span>');
+    }
     if (data.num_chunks > 1) marks.push("<span>later chunks stand lower</span>");
     element("legend").innerHTML = marks.join("");
     const [low, high] = limits();
@@ -294,10 +317,10 @@
       ["Saving", percent(point.saving)],
       ["Slowdown", percent(point.slowdown)],
       ["Average power", quantity(point.energy_j / point.time_s, "W")],
-      ["Within, of the proved bound", percent(point.gap)],
+      ["Gap to the proved bound", percent(point.gap)],
     ];
     if (point.marginal_power_w !== undefined) {
-      numbers.splice(5, 0, ["One more second saves", quantity(point.marginal_power_w, "J")]);
+      numbers.splice(5, 0, ["Marginal power", quantity(point.marginal_power_w, "W")]);
     }
     element("numbers").innerHTML = numbers.map(([name, value]) => `<div><dt>${name}</dt><dd>${value}</dd></div>`).join("");
   }

@@ -1,0 +1,95 @@
+"""Sees from the measurements that a GPU has become slower (or fast again) than its profile says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Kernels vary by a per cent or so from iteration to iteration; heat costs ten and more.
+SLOW = 0.05
+# How many iterations in a row before anything but a log line follows; twice as many after each reaction.
+_REACTION_ITERATIONS = 3
+_MOST_REACTION_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class RankSpeed:
+    """One rank in one iteration.
+
+    Attributes:
+        seen_s: sum of its instructions' durations.
+        expected_s: what that sum should be, 0 if nothing is expected.
+        throttled: the GPU says that power or heat holds its clock down.
+    """
+
+    seen_s: float
+    expected_s: float
+    throttled: bool
+
+    @property
+    def slowness(self) -> float:
+        """By which share it is slower than expected; negative when faster."""
+        return self.seen_s / self.expected_s - 1 if self.expected_s else 0.0
+
+
+@dataclass(frozen=True)
+class SlowRank:
+    """A GPU that is slower than its profile.
+
+    Attributes:
+        rank: which.
+        iteration: in which iteration it was seen.
+        speed: what was seen.
+    """
+
+    rank: int
+    iteration: int
+    speed: RankSpeed
+
+
+class SpeedWatch:
+    """Compares every rank's speed with what is expected of it, iteration by iteration.
+
+    Attributes:
+        has_changed: a stage has been slower, or faster, than expected for some iterations in a row.
+    """
+
+    def __init__(self, stages: Sequence[int]) -> None:
+        """Nothing seen yet; `stages` names the stage of each rank."""
+        self.has_changed = False
+        self._stages = stages
+        self._streaks: dict[int, int] = {}
+        self._flagged: set[int] = set()
+        self._patience = _REACTION_ITERATIONS
+
+    def note(self, speeds: Sequence[RankSpeed], iteration: int) -> SlowRank | None:
+        """Takes in one iteration; returns the slowest rank if it has not been called slow before."""
+        # What is expected of a stage is the time of its slowest rank: others may always be faster.
+        of_stage: dict[int, float] = {}
+        for rank, (stage, speed) in enumerate(zip(self._stages, speeds, strict=True)):
+            of_stage[stage] = max(of_stage.get(stage, -1.0), speed.slowness)
+            if speed.expected_s and speed.slowness <= SLOW:
+                self._flagged.discard(rank)
+        for stage, slowness in of_stage.items():
+            self._streaks[stage] = self._streaks.get(stage, 0) + 1 if abs(slowness) > SLOW else 0
+        self.has_changed = any(streak >= self._patience for streak in self._streaks.values())
+        slowest = max(range(len(speeds)), key=lambda rank: speeds[rank].slowness)
+        if speeds[slowest].slowness <= SLOW or slowest in self._flagged:
+            return None
+        self._flagged.add(slowest)
+        return SlowRank(slowest, iteration, speeds[slowest])
+
+    def skip(self) -> None:
+        """An iteration that tells nothing."""
+        self._streaks.clear()
+        self.has_changed = False
+
+    def react(self) -> None:
+        """Something is done about it: patience grows, so that a GPU that comes and goes does not keep all others busy."""
+        self._patience = min(2 * self._patience, _MOST_REACTION_ITERATIONS)
+        self.skip()
+
+    def forget(self) -> None:
+        """What is expected has changed."""
+        self.skip()
+        self._flagged.clear()
