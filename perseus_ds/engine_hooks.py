@@ -17,7 +17,7 @@ Microbatches = defaultdict[int, int]
 
 
 def hook_engine(engine: Any, follower: Follower, hooks: Hooks) -> None:
-    """Has a follower called for every batch and every forward and backward pass of an engine.
+    """Has a follower called for every batch and every forward and backward pass of an engine, and for its end.
 
     DeepSpeed looks a pass up in `engine._INSTRUCTION_MAP`, a dict of the class. A map of the engine's own in front of
     it reaches this engine only, subclasses included. Loading, reductions and the optimizer step are left as they are:
@@ -32,6 +32,7 @@ def hook_engine(engine: Any, follower: Follower, hooks: Hooks) -> None:
     }
     hooks.put(engine, "_INSTRUCTION_MAP", instructions)
     hooks.put(engine, "_exec_schedule", _followed_batch(engine._exec_schedule, list(begun.values()), follower))
+    hooks.put(engine, "destroy", _finishing(engine.destroy, follower))
 
 
 def _followed_pass(
@@ -71,3 +72,12 @@ def _followed_batch(
 
     return execute
 
+
+def _finishing(destroy: Callable[[], None], follower: Follower) -> Callable[[], None]:
+    """`engine.destroy`, after the follower has finished."""
+
+    def finish_and_destroy() -> None:
+        follower.finish()
+        destroy()
+
+    return finish_and_destroy

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
-from perseus_core.commands.inputs import print_json
+from perseus_core.commands.inputs import answers, print_json
 
 HELP = "say what this machine has and lacks for Perseus; reads only"
 
@@ -29,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
             word = finding.verdict.value
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
             line = f"[{_STYLES[word]}]{word:>8}[/]  {finding.subject}: {finding.fact}{remedy}"
-            Console().print(line, highlight=False, soft_wrap=True)
+            answers.print(line, highlight=False, soft_wrap=True)
     if args.json:
         print_json(
             {

@@ -24,8 +24,10 @@ from perseus_core.planning.solver import solve
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1")
 
-# People read progress and remarks on standard error; standard output holds nothing but the answer.
+# People read progress and remarks on standard error; standard output holds nothing but the answer. Where it is no
+# terminal it is wide enough for every table.
 remarks = Console(stderr=True)
+answers = Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +177,12 @@ def read_policy(args: argparse.Namespace, problem: PipelineProblem) -> policy.Po
 
 def remark(text: str) -> None:
     """Tells a person something that is not part of the answer."""
-    remarks.print(f"[dim]note: {text}[/dim]", highlight=False)
+    remarks.print(f"[dim]note: {text}[/dim]", highlight=False, soft_wrap=True)
+
+
+def say_written(path: object) -> None:
+    """Tells where the answer went."""
+    answers.print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
 def print_json(answer: dict[str, Any]) -> None:
@@ -192,11 +199,12 @@ def _late_progress_bar(description: str, after_s: float = 1.0) -> Iterator[Any]:
     begin = time.perf_counter()
 
     def advance(share: float) -> None:
-        if time.perf_counter() - begin > after_s and not bar.live.is_started:
+        if remarks.is_terminal and time.perf_counter() - begin > after_s:
             bar.start()
         bar.update(task, completed=share)
 
     try:
         yield advance
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()

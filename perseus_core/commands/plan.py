@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
-from perseus_core.commands.inputs import add_policy_arguments, print_json, read_policy
+from perseus_core.commands.inputs import add_policy_arguments, answers, print_json, read_policy, say_written
 from perseus_core.planning.frontier_file import load_frontier
 from perseus_core.planning.plan import make_plan
 from perseus_core.report.tables import plan_table
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             answer["saving_until_straggler"] = 1 - energy_j / baseline_j
         print_json(answer)
     else:
-        Console().print(plan_table(plan))
+        answers.print(plan_table(plan))
         if args.output:
-            Console().print(f"written: {args.output}", highlight=False)
+            say_written(args.output)
     return 0

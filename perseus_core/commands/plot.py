@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
+from perseus_core.commands.inputs import say_written
 from perseus_core.documents import document_format
 from perseus_core.errors import InputError
 from perseus_core.planning import frontier_file
@@ -53,5 +52,5 @@ def run(args: argparse.Namespace) -> int:
             f'{args.file}: field "format" is {kind!r}; give a {frontier_file.FORMAT} or a {plan_file.FORMAT}'
         )
     save_figure(figure, args.output)
-    Console().print(f"written: {args.output}", highlight=False)
+    say_written(args.output)
     return 0

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
-from perseus_core.commands.inputs import add_problem_arguments, print_json, read_problem, solve_with_progress
+from perseus_core.commands.inputs import (
+    add_problem_arguments,
+    answers,
+    print_json,
+    read_problem,
+    say_written,
+    solve_with_progress,
+)
 from perseus_core.planning.baselines import all_max
 from perseus_core.planning.frontier_file import save_frontier
 from perseus_core.planning.plan import make_plan
@@ -54,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        Console().print(frontier_table(frontier, baseline, plan, solve_s))
+        answers.print(frontier_table(frontier, baseline, plan, solve_s))
         if args.output:
-            Console().print(f"written: {args.output}", highlight=False)
+            say_written(args.output)
     return 0

@@ -40,3 +40,18 @@ def reclaim_slack(
     limit: float,
     /,
 ) -> bytes: ...
+def solve_at_time(
+    tail: NDArray[Any],
+    head: NDArray[Any],
+    curve: NDArray[Any],
+    first_knot: NDArray[Any],
+    length: NDArray[Any],
+    steepness: NDArray[Any],
+    moment: NDArray[Any],
+    flow: NDArray[Any],
+    source: int,
+    epsilon: int,
+    tolerance: float,
+    progress: Callable[[int], object] | None,
+    /,
+) -> tuple[bytes, bytes, float]: ...

@@ -1,31 +1,33 @@
-"""The exact frontier solver: scales a problem to integers, runs the compiled tracer, scales back.
+"""The exact solvers: the whole frontier, and one point of it for iterations too long to trace.
 
-The method is explained at the head of `native/frontier.c`. Times become multiples of 2**-50 of the longest iteration, slopes
-multiples of a power of two so small that the largest flow fits 62 bits: far below any measurement, and the same for
-joules, millijoules and megajoules.
+`solve` traces the frontier from the minimum-energy point to the fastest (`native/frontier.c` explains the method).
+`solve_at` finds the least energy for one iteration time by cost scaling (`native/fixed_time.c`), with a proved bound;
+its cost grows hardly faster than the number of instructions. Both work on whole numbers (`network.py`) and outside
+Python's global lock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perseus_core.errors import InputError
 from perseus_core.planning import _native
-from perseus_core.planning.dag import Dag
-from perseus_core.planning.frontier import Frontier
+from perseus_core.planning.frontier import AnyProblem, Frontier
+from perseus_core.planning.network import Network, Scale
 from perseus_core.planning.problem import Problem
-
-_TIME_BITS = 50
-_FLOW_BITS = 60
-
-AnyProblem = TypeVar("AnyProblem", bound=Problem)
 
 # By how much of the energy the stored durations may miss the exact frontier between two places where they are stored.
 DEFAULT_PLAN_TOLERANCE = 1e-5
+
+# Share of the energy within which `solve_at` proves its answer: far below what rounding to real clocks costs.
+DEFAULT_GAP = 1e-6
+
+SomeProblem = TypeVar("SomeProblem", bound=Problem)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,190 +49,186 @@ class Certificate:
     sink: int
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where `solve_at` begins: the nearer to optimal, the sooner it ends. Any start gives a right answer.
+
+    Attributes:
+        scale: the scale of the problem that it comes from, to be kept.
+        lengths: int64 of shape (N,), ticks of every instruction.
+        flow: int64 of shape (A,), flow of every arc.
+    """
+
+    scale: Scale
+    lengths: NDArray[np.int64]
+    flow: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Point(Generic[AnyProblem]):
+    """The answer for one iteration time.
+
+    Attributes:
+        problem: what was solved.
+        iteration_time_s: the time asked for, time outside the pipeline included.
+        durations_s: float64 of shape (N,), with which the iteration takes no longer than this.
+        energy_j: energy of the iteration with these durations.
+        bound_j: proved: no durations need less energy in this time.
+        end: moments' lengths and flow at the end, a start for a similar problem.
+    """
+
+    problem: AnyProblem
+    iteration_time_s: float
+    durations_s: NDArray[np.float64]
+    energy_j: float
+    bound_j: float
+    end: Start
+
+    @property
+    def gap(self) -> float:
+        """Share of the energy that a better answer could save at most."""
+        return (self.energy_j - self.bound_j) / self.energy_j
+
+
 def solve(
-    problem: AnyProblem,
+    problem: SomeProblem,
     *,
     until_s: float = 0.0,
     plan_tolerance: float = DEFAULT_PLAN_TOLERANCE,
     progress: Callable[[float], object] | None = None,
-) -> Frontier[AnyProblem]:
+) -> Frontier[SomeProblem]:
     """Computes the whole frontier, exactly.
 
     Args:
         problem: what is to be planned.
-        until_s: stop at this iteration time (or at the minimum-energy point, if that is faster); by default at the fastest.
-        plan_tolerance: share of the energy by which durations between stored points may be dearer than the frontier; the
-            frontier's own times and energies are exact.
-        progress: called now and then with the share done, 0 to 1.
-
+        until_s: stop at this iteration time (or at the minimum-energy point, if that is faster); by default at the
+            fastest.
+        plan_tolerance: share of the energy by which durations between stored points may be dearer than the frontier;
+            the frontier's own times and energies are exact.
+        progress: called now and then with the share done, 0 to 1; an exception in it stops the run.
     """
     return trace(problem, until_s=until_s, plan_tolerance=plan_tolerance, progress=progress)[0]
 
 
 def trace(
-    problem: AnyProblem,
+    problem: SomeProblem,
     *,
     until_s: float = 0.0,
     plan_tolerance: float = DEFAULT_PLAN_TOLERANCE,
     progress: Callable[[float], object] | None = None,
-) -> tuple[Frontier[AnyProblem], Certificate]:
+) -> tuple[Frontier[SomeProblem], Certificate]:
     """`solve`, with the proof of optimality at the last point."""
-    network = _Network.of(problem)
-    until = max(0.0, until_s - problem.outside_time_s)
-    # The energy scale against which the tolerance is measured: least effective energy and waiting.
-    energy_j = sum(abs(c.effective_energies_j[-1]) * (problem.curve_of == i).sum() for i, c in enumerate(problem.curves))
-    energy_j += problem.blocking_power_w * network.slowest_time_s
-    slowest, fastest = network.slowest_time_s, problem.dag.iteration_time_s(problem.fastest_s)
+    network = Network.of(problem)
+    ticks_per_s, flow_per_w = network.scale
+    slowest_moments = network.earliest_moments(network.slowest)
+    slowest, fastest = slowest_moments[-1], network.earliest_moments(network.fastest)[-1]
+    # The energy against which the tolerance is measured: least effective energy and waiting.
+    energy_j = abs(problem.effective_energy_j(problem.slowest_s)) + problem.blocking_power_w * slowest / ticks_per_s
     report = None
     if progress is not None and slowest > fastest:
-        report = lambda ticks: progress((slowest - ticks / network.ticks_per_s) / (slowest - fastest))  # noqa: E731
-    lengths, values, kept, snapshots, moments, flow = (
-        np.frombuffer(column, dtype)
-        for column, dtype in zip(
-            _native.trace_frontier(
-                network.tail,
-                network.head,
-                network.curve,
-                network.first_knot,
-                network.length,
-                network.steepness,
-                network.start_moments,
-                network.source,
-                network.sink,
-                round(until * network.ticks_per_s),
-                round(problem.blocking_power_w * network.flow_per_w),
-                plan_tolerance * energy_j * network.ticks_per_s * network.flow_per_w,
-                problem.dag.num_instructions,
-                report,
-            ),
-            (np.int64, np.int64, np.int32, np.int64, np.int64, np.int64),
-            strict=True,
-        )
+        report = lambda ticks: progress(float((slowest - ticks) / (slowest - fastest)))  # noqa: E731
+    answer = _native.trace_frontier(
+        network.tail,
+        network.head,
+        network.curve,
+        network.first_knot,
+        network.length,
+        network.steepness,
+        slowest_moments,
+        network.source,
+        network.sink,
+        network.ticks(max(0.0, until_s - problem.outside_time_s)),
+        round(problem.blocking_power_w * flow_per_w),
+        plan_tolerance * energy_j * ticks_per_s * flow_per_w,
+        problem.dag.num_instructions,
+        report,
     )
+    kept = np.frombuffer(answer[2], np.int32)
     # Vertices come slowest first; the frontier is kept fastest first.
-    lengths, values, snapshots = lengths[::-1], values[::-1], snapshots.reshape(len(kept), -1)[::-1]
-    pipeline_s = lengths / network.ticks_per_s
-    slowest_cost_j = problem.effective_energy_j(snapshots[-1] / network.ticks_per_s)
-    saved_j = np.append(np.cumsum((values[1:] / network.flow_per_w * np.diff(pipeline_s))[::-1])[::-1], 0.0)
+    lengths, values = (np.frombuffer(column, np.int64)[::-1] for column in answer[:2])
+    snapshots = np.frombuffer(answer[3], np.int64).reshape(len(kept), -1)[::-1]
+    moments, flow = (np.frombuffer(column, np.int64) for column in answer[4:])
+
+    pipeline_s = lengths / ticks_per_s
+    saved_j = np.append(np.cumsum((values[1:] / flow_per_w * np.diff(pipeline_s))[::-1])[::-1], 0.0)
+    least_j = problem.effective_energy_j(snapshots[-1] / ticks_per_s)
     times_s = pipeline_s + problem.outside_time_s
     frontier = Frontier(
         problem,
         times_s,
-        problem.iteration_energy_j(slowest_cost_j + saved_j, times_s),
+        problem.iteration_energy_j(least_j + saved_j, times_s),
         (len(lengths) - 1 - kept[::-1]).astype(np.int64),
         network.positions(snapshots),
     )
     certificate = Certificate(
-        network.tail,
-        network.head,
-        moments / network.ticks_per_s,
-        flow / network.flow_per_w,
-        network.source,
-        network.sink,
+        network.tail, network.head, moments / ticks_per_s, flow / flow_per_w, network.source, network.sink
     )
     return frontier, certificate
 
 
-@dataclass(frozen=True, eq=False)
-class _Network:
-    """The problem in the tracer's terms: every instruction from its start node 2i to its end node 2i + 1."""
+def solve_at(
+    problem: SomeProblem,
+    iteration_time_s: float | None = None,
+    *,
+    gap: float = DEFAULT_GAP,
+    start: Start | None = None,
+    progress: Callable[[float], object] | None = None,
+) -> Point[SomeProblem]:
+    """Computes the least energy for one iteration time, to within a proved gap, without tracing the frontier.
 
-    tail: NDArray[np.int32]
-    head: NDArray[np.int32]
-    curve: NDArray[np.int32]
-    first_knot: NDArray[np.int32]
-    length: NDArray[np.int64]
-    steepness: NDArray[np.int64]
-    start_moments: NDArray[np.int64]
-    source: int
-    sink: int
-    ticks_per_s: float
-    flow_per_w: float
-    slowest_time_s: float
-    hulls: list[NDArray[np.int64]]
-    curve_of: NDArray[np.int32]
+    Args:
+        problem: what is to be planned.
+        iteration_time_s: the time to keep; by default the shortest that can be.
+        gap: share of the energy within which the answer must be proved.
+        start: where to begin, for example the steady state of a shorter iteration.
+        progress: called now and then with the share done, 0 to 1; an exception in it stops the run.
 
-    @classmethod
-    def of(cls, problem: Problem) -> _Network:
-        dag, n = problem.dag, problem.dag.num_instructions
-        instructions = np.arange(n)
-        first = np.setdiff1d(instructions, dag.successor)
-        last = np.setdiff1d(instructions, dag.predecessor)
-        source, sink = 2 * n, 2 * n + 1
-        tail = np.concatenate([2 * instructions, 2 * dag.predecessor + 1, np.full(len(first), source), 2 * last + 1])
-        head = np.concatenate([2 * instructions + 1, 2 * dag.successor, 2 * first, np.full(len(last), sink)])
-
-        slowest_time_s = dag.iteration_time_s(problem.slowest_s)
-        ticks_per_s = 2.0 ** (_TIME_BITS - np.ceil(np.log2(slowest_time_s)))
-        hulls = [(np.asarray(c.times_s)[c.hull], c.effective_energies_j[c.hull]) for c in problem.curves]
-        latencies_s, latency_curve = np.unique(dag.latency_s, return_inverse=True)
-        slopes = [-np.diff(costs) / np.diff(times) for times, costs in hulls]
-        steepest = max((slope.max() for slope in slopes if slope.size), default=1.0)
-        flow_per_w = 2.0 ** (_FLOW_BITS - np.ceil(np.log2(steepest * n)))
-        knots, steepness = [], []
-        for (times_s, _), slope in zip(hulls, slopes, strict=True):
-            knot, steep = _distinct(np.round(times_s * ticks_per_s), np.round(slope * flow_per_w))
-            knots.append(knot)
-            steepness.append(steep)
-        knots += [np.round([latency * ticks_per_s]).astype(np.int64) for latency in (*latencies_s, 0.0)]
-        steepness += [np.zeros(1, np.int64)] * (len(latencies_s) + 1)
-
-        num_curves = len(problem.curves)
-        curve = np.concatenate(
-            [
-                problem.curve_of,
-                num_curves + latency_curve,
-                np.full(len(first) + len(last), num_curves + len(latencies_s)),
-            ]
-        )
-        # Whole numbers below 2**53 are exact in floating point, so the DAG itself can add up ticks.
-        durations = np.array([knot[-1] for knot in knots], np.float64)[problem.curve_of]
-        ticking = Dag(n, dag.predecessor, dag.successor, np.round(dag.latency_s * ticks_per_s))
-        start = ticking.start_times_s(durations)
-        ends = start + durations
-        start_moments = np.append(np.column_stack([start, ends]), [0, ends.max()]).astype(np.int64)
-        return cls(
-            tail.astype(np.int32),
-            head.astype(np.int32),
-            curve.astype(np.int32),
-            np.cumsum([0, *map(len, knots)]).astype(np.int32),
-            np.concatenate(knots),
-            np.concatenate(steepness),
-            start_moments,
-            source,
-            sink,
-            float(ticks_per_s),
-            float(flow_per_w),
-            slowest_time_s,
-            [np.round(times_s * ticks_per_s).astype(np.int64) for times_s, _ in hulls],
-            problem.curve_of,
-        )
-
-    def positions(self, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Where on its hull each instruction stands: knot number plus share of the way to the next slower knot."""
-        positions = np.empty(lengths.shape, np.float32)
-        for i, knots in enumerate(self.hulls):
-            members = self.curve_of == i
-            positions[:, members] = np.interp(lengths[:, members], knots, np.arange(len(knots)))
-        return positions
-
-
-
-def _distinct(knots: NDArray[np.float64], slopes: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Leaves out knots that are none once they are whole numbers: at the length of the next, or without a bend.
-
-    What is left has strictly ascending lengths, and strictly descending slopes that end in the 0 beyond the last knot.
+    Raises:
+        InputError: if the iteration cannot be that fast.
     """
-    kept_knots, kept_slopes = [knots[0]], [np.inf]
-    for knot, slope in zip(knots[1:], slopes, strict=True):
-        if knot == kept_knots[-1]:
-            continue
-        while kept_slopes[-1] <= slope:
-            kept_knots.pop()
-            kept_slopes.pop()
-        kept_knots.append(knot)
-        kept_slopes.append(slope)
-    while kept_slopes[-1] == 0:
-        kept_knots.pop()
-        kept_slopes.pop()
-    return np.array(kept_knots, np.int64), np.array([*kept_slopes[1:], 0], np.int64)
+    network = Network.of(problem, start.scale if start else None)
+    ticks_per_s, flow_per_w = network.scale
+    shortest = network.earliest_moments(network.fastest)[-1]
+    shortest_s = float(shortest / ticks_per_s) + problem.outside_time_s
+    time_s = shortest_s if iteration_time_s is None else iteration_time_s
+    if not time_s >= shortest_s * (1 - 1e-9):
+        raise InputError(f"iteration time {time_s} s cannot be reached; the fastest is {shortest_s:.6g} s")
+    most = max(shortest, network.ticks(time_s - problem.outside_time_s))
+    if start is None:
+        start = Start(network.scale, network.fastest, np.zeros(len(network.tail), np.int64))
+
+    # The solver wants arcs sorted by the topological place of their tail, then the arc that closes the circle.
+    n = problem.dag.num_instructions
+    place = np.empty(2 * n + 2, np.int64)
+    place[2 * problem.dag.topological_order] = 2 * np.arange(n)
+    place[2 * problem.dag.topological_order + 1] = 2 * np.arange(n) + 1
+    place[[network.source, network.sink]] = -1, 2 * n
+    order = np.argsort(place[network.tail], kind="stable")
+    value = start.flow[network.head == network.sink].sum()
+    spread = (network.slowest - network.fastest).max()
+    energy_j = float(problem.iteration_energy_j(problem.effective_energy_j(problem.slowest_s), time_s))
+    first_epsilon = max(1, int(spread) // 8)
+    report = None
+    if progress is not None:
+        report = lambda epsilon: progress(1 - float(np.log(epsilon) / np.log(first_epsilon + 1)))  # noqa: E731
+    answer = _native.solve_at_time(
+        np.append(network.tail[order], np.int32(network.sink)),
+        np.append(network.head[order], np.int32(network.source)),
+        np.append(network.curve[order], np.int32(len(network.first_knot) - 1)),
+        np.append(network.first_knot, network.first_knot[-1] + np.int32(1)),
+        np.append(network.length, -most),
+        np.append(network.steepness, 0),
+        network.earliest_moments(start.lengths),
+        np.append(start.flow[order], value),
+        network.source,
+        first_epsilon,
+        gap * abs(energy_j) * ticks_per_s * flow_per_w,
+        report,
+    )
+    moments, flow = np.frombuffer(answer[0], np.int64), np.empty(len(order), np.int64)
+    flow[order] = np.frombuffer(answer[1], np.int64)[:-1]
+    lengths = np.minimum(moments[1 : 2 * n : 2] - moments[: 2 * n : 2], network.slowest)
+    durations_s = lengths / ticks_per_s
+    energy_j = float(problem.iteration_energy_j(problem.effective_energy_j(durations_s), time_s))
+    bound_j = energy_j - answer[2] / ticks_per_s / flow_per_w
+    return Point(problem, time_s, durations_s, energy_j, bound_j, Start(network.scale, lengths, flow))

@@ -12,7 +12,8 @@ from perseus_core.report.palette import FAINT_INK, GRID, INK, Ramp
 if TYPE_CHECKING:
     from matplotlib.colors import LinearSegmentedColormap
 
-_STYLE: dict[str, Any] = {
+# Any: matplotlib's own types know every setting by name, each release its own.
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,

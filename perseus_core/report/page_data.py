@@ -42,7 +42,7 @@ class _Settings:
 def frontier_data(
     frontier: Frontier[PipelineProblem], baselines: Iterable[Baseline] = (), num_points: int = 60
 ) -> dict[str, Any]:
-    """The frontier, plans of real clocks for points spread over it (one at the baseline's time), and what others reach."""
+    """The frontier, plans of real clocks for points spread over it, one at the baseline's time; what others reach."""
     problem = frontier.problem
     maximum = all_max(problem)
     targets_s = _targets_s(frontier, maximum.iteration_time_s, num_points)

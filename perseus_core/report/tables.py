@@ -85,7 +85,7 @@ def frontier_table(
 
 
 def plan_table(plan: Plan) -> Table:
-    """Each stage of a plan: clocks of each kind of instruction, how long it works, what it costs; below, the promise."""
+    """Each stage of a plan: clocks of each kind, how long it works, what it costs; the promise below."""
     kinds = [kind for kind in Kind if any(p.instruction.kind is kind for order in plan.stages for p in order)]
     energies_j = [sum(p.energy_j for p in order) for order in plan.stages]
     energy = Scale.of(energies_j, "J")

@@ -140,19 +140,19 @@ class Follower:
     def finish(self) -> None:
         """The framework is done with what we follow: takes the hooks off and closes the session."""
         self._finished, self._in_iteration = True, False
-        self._hooks.take_off()
-        if self.session is not None:
-            self.session.close()
+        try:
+            self._hooks.take_off()
+            if self.session is not None:
+                self.session.close()
+        except Exception as error:
+            logger.warning("closing failed: %s: %s", type(error).__name__, error)
 
     def give_up(self, error: Exception) -> None:
         """Says once what went wrong, and lets the training go on without us."""
         if self._finished:
             return
         step_aside(f"{type(error).__name__}: {error}", details=error)
-        try:
-            self.finish()
-        except Exception as second_error:
-            logger.warning("closing failed too: %s: %s", type(second_error).__name__, second_error)
+        self.finish()
 
 
 def step_aside(reason: str, *, details: Exception | None = None) -> None:

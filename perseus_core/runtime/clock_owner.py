@@ -113,6 +113,19 @@ def clock_owner(uuid: str) -> ClockOwner | None:
         os.close(descriptor)
 
 
+def clock_left_behind(uuid: str) -> ClockOwner | None:
+    """Who was the last owner of a GPU's clock, if he is gone and could not give it back.
+
+    Raises:
+        GpuError: if the folder of owners cannot be used.
+    """
+    descriptor = _open(uuid)
+    try:
+        return _read(descriptor) if _try_lock(descriptor, fcntl.LOCK_SH) else None
+    finally:
+        os.close(descriptor)
+
+
 def owners_folder() -> Path:
     """Where the files are: PERSEUS_CLOCK_OWNERS, else a folder in /tmp that all users share.
 

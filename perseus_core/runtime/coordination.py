@@ -211,8 +211,8 @@ class Coordination:
         for old in [i for i in self._energy_of if i < iteration - 1000]:
             del self._energy_of[old]
         if iteration in self._baseline_iterations and self.baseline is not None:
-            energy_j = self.iteration_energy_j(list(self._baseline_iterations))
-            self.baseline = Baseline(self.baseline.num_microbatches, self.baseline.time_s, energy_j or 0.0)
+            mean_j = self.iteration_energy_j(list(self._baseline_iterations))
+            self.baseline = Baseline(self.baseline.num_microbatches, self.baseline.time_s, mean_j or 0.0)
 
     def _note_time(self, iteration: int, of_ranks: Sequence[Heartbeat], orders: Orders) -> None:
         counts = {int(b.num_microbatches) for b in of_ranks}

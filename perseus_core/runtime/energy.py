@@ -6,12 +6,12 @@ instruction. But between any two readings the energy is the sum, over everything
     energy_k = sum over activities a of power_a * (seconds of a between readings k and k + 1)
 
 which is linear in the powers, and a few seconds of training give many such equations for few unknowns: one power for
-each (chunk, kind), one for waiting, one for what is done outside the pipeline (gradient all-reduce, optimizer). They are
-solved together by least squares.
+each (chunk, kind), one for waiting, one for what is done outside the pipeline (gradient all-reduce, optimizer). They
+are solved together by least squares.
 
-Where the equations say little (an activity that hardly occurs, or instructions shorter than the counter's period, always
-in the same proportion) a weak prior decides: instructions draw about the same power, waiting a good part less. It is
-much wider than the errors of a usual measurement, and its width shows in the standard error where it is all there is.
+Where the equations say little (an activity that hardly occurs, or instructions shorter than the counter's period and
+always in the same proportion) a weak prior decides: instructions draw about the same power, waiting a good part less.
+It is much wider than the errors of a usual measurement, and where it is all there is the standard error shows it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _MIN_SPACING_S = 0.02
 _INSTRUCTION_PRIOR_STD = 0.1
 _WAITING_PRIOR = (0.3, 0.3)
 _OUTSIDE_PRIOR = (0.5, 0.5)
-# What is outside is several things one after another (waiting for the other stages, all-reduce, optimizer), so its power
+# Outside are several things one after another (waiting for the other stages, all-reduce, optimizer), so its power
 # scatters within an iteration by so much. An interval partly outside therefore tells little about its other part.
 _OUTSIDE_SCATTER = 0.3
 # The scatter of one interval's energy before any was seen, relative; counts as much as so many intervals.
 _PRIOR_SCATTER = 0.02
 _PRIOR_SCATTER_INTERVALS = 2.0
-# An execution that takes this much longer than is usual for its type, and beyond so many standard deviations, was disturbed.
+# An execution whose time is so far from the median of its type, relative and in standard deviations, was disturbed.
 _DISTURBED_RELATIVE = 0.1
 _DISTURBED_DEVIATIONS = 6.0
 _STD_PER_MAD = 1.4826
@@ -268,7 +268,7 @@ def _solve(seconds: Array, energies_j: Array, num_instructions: int) -> tuple[Ar
 
 
 def _prior_rows(shares: Array, mean_power_w: float) -> tuple[Array, Array]:
-    """The prior as equations with unit variance: each instruction's power is near their mean, the others a part of it."""
+    """The prior as equations of unit variance: each instruction's power is near their mean, the others are a part."""
     num_instructions = len(shares)
     rows = np.zeros((num_instructions + 2, num_instructions + 2))
     rows[:num_instructions, :num_instructions] = (np.eye(num_instructions) - shares) / (

@@ -7,6 +7,7 @@ reading the same row, so none waits for a journey that another never starts.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -288,10 +289,9 @@ class TorchExchange:
         if all(work.is_completed() for work in pending):
             self._rows.clear()
             for group in (self._rows_group, self._parcels_group):
-                try:
+                # The program may have destroyed all groups already.
+                with contextlib.suppress(RuntimeError, ValueError, AssertionError):
                     self._dist.destroy_process_group(group)
-                except (RuntimeError, ValueError, AssertionError):
-                    pass  # the program has destroyed all groups already
         else:
             _keep_for_ever(self._rows_group, self._parcels_group)
 
@@ -331,7 +331,7 @@ def _finish(work: Any) -> None:
 
 
 def _keep_for_ever(*groups: Any) -> None:
-    """Never lets go of groups with an open operation: letting go would wait for a peer that hangs, up to the timeout."""
+    """Never lets go of groups with an open operation: that would wait for a peer that hangs, up to the timeout."""
     import ctypes
 
     for group in groups:

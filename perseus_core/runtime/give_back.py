@@ -7,7 +7,7 @@ How the clock comes back, case by case:
 - stopped by a debugger or SIGSTOP, or without a sign of life for longer than a limit: the watchdog resets the clock and
   counts it; when the process goes on it notices, and locks the clock again with its next instruction;
 - a call of the driver that does not return: the clock is reset from another thread and no more calls are made;
-- the watchdog itself killed: another is started within three seconds; when that goes on, the clock is given back;
+- the watchdog itself killed: another is started within a second; when that goes on, the clock is given back;
 - everything killed at one stroke: the next job that claims the GPU resets its clock first.
 
 No signal handler is installed. A Python handler would run only when the main thread is back in Python: a rank that
@@ -246,7 +246,8 @@ class GuardedClock:
             )
 
     def _check_watchdog(self) -> None:
-        if time.monotonic() - self._pulse.watchdog_beat_s > _WATCHDOG_SILENCE_LIMIT_S:
+        is_there = Path(f"/proc/{self._pulse.watchdog_pid}").exists()
+        if not is_there or time.monotonic() - self._pulse.watchdog_beat_s > _WATCHDOG_SILENCE_LIMIT_S:
             self._start_watchdog()
 
     def _start_watchdog(self) -> None:

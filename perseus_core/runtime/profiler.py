@@ -6,6 +6,7 @@ hands in what the iterations and the energy counter said.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -133,7 +134,6 @@ class Sweep:
         self._position = 0
         self._iterations: dict[int, list[Iteration]] = {}
         self._readings: list[CounterReading] = []
-        self._measured: dict[int, ClockMeasurements] = {}
         self._last_asked_mhz: int | None = None
         self._since_change = 0
         self._tries = 0
@@ -171,7 +171,6 @@ class Sweep:
         in_force_mhz = self._clock_in_force(iteration, asked_mhz)
         if in_force_mhz is not None:
             self._iterations.setdefault(in_force_mhz, []).append(iteration)
-            self._measured.pop(in_force_mhz, None)
         if asked_mhz == self.next_clock():
             self._tries += 1
             self._go_on_if_done(asked_mhz)
@@ -201,8 +200,8 @@ class Sweep:
         """
         seen = [
             reading
-            for reading in self._readings
-            if iteration.begin_s <= reading.time_s <= iteration.end_s and reading.clock_mhz is not None
+            for reading in self._readings_between(iteration.begin_s, iteration.end_s)
+            if reading.clock_mhz is not None
         ]
         allowed = int(_TOLERATED_SHARE * len(seen))
         if sum(not _is_as_asked(reading, asked_mhz) for reading in seen) <= allowed:
@@ -214,32 +213,35 @@ class Sweep:
         return None
 
     def _go_on_if_done(self, clock_mhz: int) -> None:
-        iterations = self._iterations.get(clock_mhz, [])
-        if len(iterations) >= self._settings.min_iterations:
-            measured = self._measure(clock_mhz)
-            if (
-                measured is not None
-                and max(i.relative_error for i in measured.instructions) <= self._settings.relative_error
-            ):
-                return self._next_position()
-        if self._tries < self._settings.max_iterations:
-            return None
-        if len(iterations) < self._settings.min_iterations:
-            self._give_up(clock_mhz)
-        return self._next_position()
+        num_iterations = len(self._iterations.get(clock_mhz, []))
+        if num_iterations >= self._settings.min_iterations and self._is_measured_well(clock_mhz):
+            self._go_to(self._position + 1)
+        elif self._tries >= self._settings.max_iterations:
+            next_position = self._position + 1
+            if num_iterations < self._settings.min_iterations:
+                next_position = self._note_override(clock_mhz)
+            self._go_to(next_position)
 
-    def _give_up(self, clock_mhz: int) -> None:
-        self._iterations.pop(clock_mhz, None)
-        self._measured.pop(clock_mhz, None)
-        lower = [clock for clock in self._iterations if clock < clock_mhz]
-        reason = f"it runs at {max(lower)} MHz" if lower else "another clock was in force, or it changed"
-        self._notes.append(f"stage {self._stage}: {clock_mhz} MHz was asked for and not held; {reason}")
+    def _is_measured_well(self, clock_mhz: int) -> bool:
+        measured = self._measure(clock_mhz)
+        return (
+            measured is not None
+            and max(i.relative_error for i in measured.instructions) <= self._settings.relative_error
+        )
 
-    def _next_position(self) -> None:
+    def _note_override(self, asked_mhz: int) -> int:
+        """Says that a clock was not held; returns the position of the next one that could be."""
+        held_instead = [clock for clock in self._iterations if clock < asked_mhz]
+        if not held_instead:
+            self._notes.append(f"stage {self._stage}: {asked_mhz} MHz was asked for, but other clocks were in force")
+            return self._position + 1
+        highest = max(held_instead)
+        self._notes.append(f"stage {self._stage}: {asked_mhz} MHz was asked for, but {highest} MHz was in force")
+        return next((p for p, clock in enumerate(self._clocks) if clock <= highest), len(self._clocks))
+
+    def _go_to(self, position: int) -> None:
         self._tries = 0
-        self._position += 1
-        if self._has_risen():
-            self._position = len(self._clocks)
+        self._position = len(self._clocks) if self._has_risen() else position
 
     def _has_risen(self) -> bool:
         """Whether every instruction's effective energy at the lowest clock is well above its minimum."""
@@ -258,15 +260,8 @@ class Sweep:
         )
 
     def _measure(self, clock_mhz: int) -> ClockMeasurements | None:
-        known = self._measured.get(clock_mhz)
-        if (
-            known is not None
-            and known.num_iterations == len(self._iterations[clock_mhz])
-            and clock_mhz != self.next_clock()
-        ):
-            return known
         iterations = self._iterations[clock_mhz]
-        powers = solve_powers(iterations, self._readings)
+        powers = solve_powers(iterations, self._readings_between(iterations[0].begin_s, iterations[-1].end_s))
         if powers is None:
             return None
         instructions = []
@@ -275,7 +270,7 @@ class Sweep:
             kept = [d for d, usual in zip(durations, undisturbed(durations), strict=True) if usual]
             spread_s = stdev(kept) if len(kept) > 1 else 0.0
             instructions.append(InstructionMeasurement(instruction_type, fmean(kept), spread_s, len(kept), power))
-        self._measured[clock_mhz] = ClockMeasurements(
+        return ClockMeasurements(
             clock_mhz,
             tuple(instructions),
             powers.waiting,
@@ -283,7 +278,10 @@ class Sweep:
             fmean(i.end_s - i.spans[-1].end_s for i in iterations),
             len(iterations),
         )
-        return self._measured[clock_mhz]
+
+    def _readings_between(self, begin_s: float, end_s: float) -> list[CounterReading]:
+        first = bisect_left(self._readings, begin_s, key=_time_s)
+        return self._readings[first : bisect_right(self._readings, end_s, key=_time_s)]
 
 
 def _is_as_asked(reading: CounterReading, asked_mhz: int) -> bool:
@@ -296,3 +294,7 @@ def _is_as_asked(reading: CounterReading, asked_mhz: int) -> bool:
 
 def _is_near(clock_mhz: int, other_mhz: int) -> bool:
     return abs(clock_mhz - other_mhz) <= _CLOCK_TOLERANCE * other_mhz
+
+
+def _time_s(reading: CounterReading) -> float:
+    return reading.time_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 
-_TRAINING_BEAT_S, _WATCHDOG_BEAT_S, _MAY_BE_LOCKED, _TIMES_GIVEN_BACK, _MAY_LEAVE = range(5)
+_TRAINING_BEAT_S, _WATCHDOG_BEAT_S, _WATCHDOG_PID, _MAY_BE_LOCKED, _TIMES_GIVEN_BACK, _MAY_LEAVE = range(6)
 _BYTES = 4096
 
 
@@ -44,6 +44,15 @@ class Pulse:
     @watchdog_beat_s.setter
     def watchdog_beat_s(self, time_s: float) -> None:
         self._words[_WATCHDOG_BEAT_S] = time_s
+
+    @property
+    def watchdog_pid(self) -> int:
+        """The watchdog's process number, 0 before there is one. Written by the watchdog."""
+        return int(self._words[_WATCHDOG_PID])
+
+    @watchdog_pid.setter
+    def watchdog_pid(self, pid: int) -> None:
+        self._words[_WATCHDOG_PID] = pid
 
     @property
     def may_be_locked(self) -> bool:

@@ -6,6 +6,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from types import TracebackType
 
@@ -101,7 +102,7 @@ class EnergySampler:
             times_s = [reading.time_s for reading in self._readings[-200:]]
         if len(times_s) < 3:
             return None
-        return median(after - before for before, after in zip(times_s, times_s[1:], strict=False))
+        return median(after - before for before, after in pairwise(times_s))
 
     def _sample(self, stopping: threading.Event) -> None:
         try:

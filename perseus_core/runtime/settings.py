@@ -37,7 +37,7 @@ class Settings:
         power_cap_w: average power that all GPUs of a pipeline together may draw [W] (policy `power_cap`).
         carbon_intensity_g_per_kwh: of the electricity now (policy `carbon`).
         reference_carbon_intensity_g_per_kwh: at which `carbon` is `zeus`.
-        straggler_slowdown: how much slower than this job's baseline the slowest pipeline elsewhere is (T'/T), 1 for none.
+        straggler_slowdown: T'/T, how much slower than this job's baseline a pipeline elsewhere is, 1 for none.
         measure_only: measure time and energy, never set a clock.
         tolerance: by which share an iteration may be slower than allowed before the plan is corrected.
         warmup_iterations: iterations at the start that are not measured.
@@ -48,9 +48,8 @@ class Settings:
         profile_cache: folder of measured profiles; "auto" for the user's cache folder, "off" for none.
         state_file: where the session keeps its plan, so that a restarted job goes on with it; empty for nowhere.
         frontier_file: where `frontier.json` is written after each solve; empty for nowhere.
-        switch_latency_s: how long a clock change takes; "auto" to measure it.
+        switch_latency_s: how long a clock change takes, until it has been measured; "auto" for 15 ms.
         log_interval: iterations between log lines of what was measured under the plan; 0 for none.
-        watchdog: whether a process watches over the clocks and resets them when this one is killed.
 
     Raises:
         InputError: naming the key, the value and the remedy.
@@ -76,10 +75,9 @@ class Settings:
     frontier_file: str = ""
     switch_latency_s: float | Literal["auto"] = "auto"
     log_interval: int = 100
-    watchdog: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "measure_only", "watchdog"):
+        for name in ("enabled", "measure_only"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "must be true or false")
         for name in ("profile_cache", "state_file", "frontier_file", "policy"):
@@ -176,7 +174,7 @@ class Settings:
                 )
         if self.max_slowdown and self.policy not in ("", "max_slowdown"):
             raise InputError(
-                f'config "perseus.max_slowdown" is set, but policy "{self.policy}" does not use it; leave one of them out'
+                f'config "perseus.max_slowdown" is set, but policy "{self.policy}" does not use it; leave one out'
             )
 
     def _check_number(

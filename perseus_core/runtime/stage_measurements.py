@@ -152,7 +152,7 @@ class JobMeasurements:
     Attributes:
         profile: as measured, for one GPU of each stage; `planning.fitting.fit_profile` smooths it.
         blocking: blocking power of each stage.
-        outside_time_s: for each stage, time from its last instruction to the end of the iteration, at the highest clock.
+        outside_time_s: for each stage, from its last instruction to the end of the iteration, at the highest clock.
         outside_energy_j: energy of one GPU of each stage, summed, outside the pipeline beyond blocking power, at the
             highest clock: `planning.problem.Problem.outside_energy_j`.
     """

@@ -85,7 +85,7 @@ class SpeedWatch:
         self.has_changed = False
 
     def react(self) -> None:
-        """Something is done about it: patience grows, so that a GPU that comes and goes does not keep all others busy."""
+        """Something is done about it. Patience grows: a GPU that comes and goes should not keep all others busy."""
         self._patience = min(2 * self._patience, _MOST_REACTION_ITERATIONS)
         self.skip()
 

@@ -81,6 +81,7 @@ class Watchdog:
 
     def run(self) -> None:
         """Looks until it is no longer needed."""
+        self._pulse.watchdog_pid = os.getpid()
         while self.look():
             time.sleep(LOOK_EVERY_S)
 

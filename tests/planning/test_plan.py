@@ -27,7 +27,7 @@ def test_a_plan_keeps_promise_and_bound(problem: PipelineProblem, frontier: AnyF
     ran = execute(problem, [clock for order in plan.clocks_mhz for clock in order])
     assert plan.iteration_time_s == pytest.approx(ran.iteration_time_s)
     assert plan.energy_j == pytest.approx(ran.energy_j)
-    assert plan.iteration_time_s <= policy(frontier, baseline.iteration_time_s)
+    assert plan.iteration_time_s <= policy(frontier, baseline.iteration_time_s) * (1 + 1e-12)
     assert plan.bound_energy_j <= plan.energy_j < baseline.energy_j
     assert plan.gap < 0.01
     assert plan.saving == pytest.approx(1 - plan.energy_j / baseline.energy_j)

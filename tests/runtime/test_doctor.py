@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,12 +29,11 @@ def diagnose(environment: dict[str, str] | None = None) -> tuple[int, list[dict[
 @pytest.fixture
 def node(tmp_path: Path) -> SimulatedNode:
     """A machine of simulated A100s."""
+    (tmp_path / "node").mkdir()
     return simulated.create_node(DESCRIPTION, tmp_path / "node")
 
 
 def environment(node_folder: Path, **more: str) -> dict[str, str]:
-    import os
-
     return {**environment_for(node_folder, dict(os.environ)), **more}
 
 
@@ -64,12 +64,11 @@ def test_no_driver() -> None:
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda node: simulated.faults.throttle(node.gpus[1], 1005), "held down now: thermal"),
+        (lambda node: simulated.faults.throttle(node.gpus[1], 1005), "held down now"),
         (
             lambda node: simulated.faults.remove_support(node.gpus[1], "nvmlDeviceGetTotalEnergyConsumption"),
             "no energy counter",
         ),
-        (lambda node: simulated.faults.lose(node.gpus[1]), "lost"),
     ],
 )
 def test_an_ill_gpu(node: SimulatedNode, tmp_path: Path, harm: Callable[[SimulatedNode], None], words: str) -> None:
@@ -77,6 +76,15 @@ def test_an_ill_gpu(node: SimulatedNode, tmp_path: Path, harm: Callable[[Simulat
     harm(node)
     _, findings = diagnose(environment(tmp_path / "node"))
     assert [f["subject"] for f in findings if words in f["fact"]] == ["GPU 1"]
+
+
+def test_a_lost_gpu(node: SimulatedNode, tmp_path: Path) -> None:
+    """NVML cannot even list the GPUs then; the finding names the one that is lost."""
+    simulated.faults.lose(node.gpus[1])
+    code, findings = diagnose(environment(tmp_path / "node"))
+    assert code == 1
+    (missing,) = [f for f in findings if f["verdict"] == "missing"]
+    assert "GPU 1: the GPU is lost" in missing["fact"]
 
 
 def test_an_ambiguous_choice_of_gpus(node: SimulatedNode, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 
 static PyMethodDef methods[] = {
     {"trace_frontier", trace_frontier, METH_VARARGS, trace_frontier_doc},
+    {"solve_at_time", solve_at_time, METH_VARARGS, solve_at_time_doc},
     {"topological_order", topological_order, METH_VARARGS, topological_order_doc},
     {"earliest_starts", earliest_starts, METH_VARARGS, earliest_starts_doc},
     {"reclaim_slack", reclaim_slack, METH_VARARGS, reclaim_slack_doc},

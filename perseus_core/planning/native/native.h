@@ -10,8 +10,22 @@
 
 #define NONE (-1)
 
+/* Tells a long run's caller where it stands, if it wants to know, and lets Python handle signals. False: stop, an exception
+ * is set. `thread` is the thread state saved while the run goes without the global lock. */
+static inline int report(PyObject *progress, int64_t where, PyThreadState **thread) {
+    PyEval_RestoreThread(*thread);
+    PyObject *answer = progress == Py_None ? PyLong_FromLong(0) : PyObject_CallFunction(progress, "L", (long long)where);
+    const int go_on = answer && PyErr_CheckSignals() == 0;
+    Py_XDECREF(answer);
+    *thread = PyEval_SaveThread();
+    return go_on;
+}
+
 PyObject *trace_frontier(PyObject *module, PyObject *args);
 extern const char trace_frontier_doc[];
+
+PyObject *solve_at_time(PyObject *module, PyObject *args);
+extern const char solve_at_time_doc[];
 
 PyObject *topological_order(PyObject *module, PyObject *args);
 extern const char topological_order_doc[];

@@ -188,15 +188,16 @@
     pen.textBaseline = "middle";
 
     pen.font = `12px ${family}`;
+    const worked = pipelineTime(point);
     for (let stage = 0; stage < data.num_stages; stage++) {
       pen.fillStyle = style("--waiting");
-      pen.fillRect(LEFT, (stage + 0.07) * rowHeight, pipelineTime(point) * perSecond, 0.86 * rowHeight);
+      pen.fillRect(LEFT, (stage + 0.07) * rowHeight, worked * perSecond, 0.86 * rowHeight);
       pen.fillStyle = faint;
       pen.fillText(String(stage), LEFT - 12, (stage + 0.5) * rowHeight);
     }
     if (hasOutside(point)) {
       // Stripes from the last instruction to the end of the iteration.
-      const from = LEFT + pipelineTime(point) * perSecond, to = LEFT + point.time_s * perSecond, rows = data.num_stages * rowHeight;
+      const from = LEFT + worked * perSecond, to = LEFT + point.time_s * perSecond, rows = data.num_stages * rowHeight;
       pen.save();
       pen.beginPath();
       pen.rect(from, 0, to - from, rows);

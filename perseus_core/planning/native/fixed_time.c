@@ -1,0 +1,257 @@
+/* The cheapest lengths for one given T, of networks too large to trace: cost scaling for convex-cost flow (Goldberg and Tarjan
+ * 1990; convex curves as in Ahuja, Hochbaum and Orlin 2003).
+ *
+ * An arc of length -T from sink to source makes every flow a circulation. Moments and flow are optimal together when no way
+ * has slack below 0 (network.h) and the flow is balanced at every node. A phase asks only for slack of at least
+ * -epsilon. It starts with moments that keep T, lets flow rise and fall in arcs until their slack agrees, and then pushes what is too
+ * much at one node to where it is missing, along ways of negative slack. A node with too much and no such way moves
+ * later. Then come the next phase and a smaller epsilon.
+ *
+ * Each phase ends with lengths that keep T and with a balanced flow, so a plan and a proved bound: for a balanced flow,
+ * sum(cost(length) + flow * length) is the cost, and its least over all lengths, arc by arc, is below any cost. The run
+ * stops when the two are near enough.
+ */
+#include "heap.h"
+#include "network.h"
+
+#define EPSILON_FACTOR 8
+
+typedef struct {
+    Network net; /* arcs sorted by the topological place of their tail; last the arc from sink to source */
+    int32_t source;
+    int64_t *moment, *latest; /* latest: with which T is kept when all that follows is fastest */
+    int64_t *excess;          /* flow in - flow out */
+    int64_t epsilon;
+    int32_t *next_incidence; /* per node: ways before this one have no negative slack */
+
+    int32_t *queue; /* a ring: nodes with positive excess */
+    int32_t queue_begin, queue_size;
+    uint8_t *queued;
+
+    int64_t *distance; /* per node: to the nearest deficit */
+    Heap nearest;
+} Scaler;
+
+static int64_t slack_of(const Scaler *s, int32_t way, int32_t from, int32_t to) {
+    return slack(&s->net, way, s->moment[to] - s->moment[from]);
+}
+
+/* ---- moments that keep T ---- */
+
+static void find_latest(Scaler *s) {
+    const Arc *back = &s->net.arcs[s->net.num_arcs - 1];
+    for (int32_t v = 0; v < s->net.num_nodes; v++) s->latest[v] = -s->net.length[back->fastest];
+    for (const Arc *arc = back - 1; arc >= s->net.arcs; arc--) {
+        const int64_t latest = s->latest[arc->head] - s->net.length[arc->fastest];
+        if (latest < s->latest[arc->tail]) s->latest[arc->tail] = latest;
+    }
+}
+
+/* Moves moments as little as makes every arc at least as long as its fastest knot and the whole no longer than T. */
+static void make_feasible(Scaler *s) {
+    const int64_t origin = s->moment[s->source];
+    for (int32_t v = 0; v < s->net.num_nodes; v++) {
+        s->moment[v] -= origin;
+        if (s->moment[v] < 0) s->moment[v] = 0;
+        if (s->moment[v] > s->latest[v]) s->moment[v] = s->latest[v];
+    }
+    for (const Arc *arc = s->net.arcs; arc < s->net.arcs + s->net.num_arcs - 1; arc++) {
+        const int64_t earliest = s->moment[arc->tail] + s->net.length[arc->fastest];
+        if (earliest > s->moment[arc->head]) s->moment[arc->head] = earliest;
+    }
+}
+
+/* What shortening an arc from its slowest to `length` costs. */
+static double cost(const Network *net, const Arc *arc, int64_t length) {
+    double sum = 0;
+    for (int32_t knot = arc->slowest; knot > arc->fastest && length < net->length[knot]; knot--) {
+        const int64_t faster = length > net->length[knot - 1] ? length : net->length[knot - 1];
+        sum += (double)net->steepness[knot - 1] * (double)(net->length[knot] - faster);
+    }
+    return sum;
+}
+
+/* By how much the cost of the moments lies above the bound that the flow proves; summed arc by arc, where it is never negative. */
+static double gap(const Scaler *s) {
+    double sum = 0;
+    for (const Arc *arc = s->net.arcs; arc < s->net.arcs + s->net.num_arcs; arc++) {
+        const int64_t between = s->moment[arc->head] - s->moment[arc->tail], best = s->net.length[arc->knot];
+        sum += cost(&s->net, arc, between) - cost(&s->net, arc, best) + (double)arc->flow * (double)(between - best);
+    }
+    return sum;
+}
+
+/* ---- one phase ---- */
+
+static void enqueue(Scaler *s, int32_t node) {
+    if (s->queued[node]) return;
+    const int32_t end = s->queue_begin + s->queue_size++;
+    s->queue[end < s->net.num_nodes ? end : end - s->net.num_nodes] = node;
+    s->queued[node] = 1;
+}
+
+static void move_flow(Scaler *s, int32_t way, int32_t from, int32_t to, int64_t amount) {
+    push(&s->net, way, amount);
+    s->excess[from] -= amount;
+    s->excess[to] += amount;
+    if (s->excess[to] > 0) enqueue(s, to);
+}
+
+/* Lets the flow of every arc rise or fall until no way has slack below -epsilon. */
+static void relax(Scaler *s) {
+    for (int32_t a = 0; a < s->net.num_arcs; a++) {
+        for (int32_t way = 2 * a; way <= 2 * a + 1; way++) {
+            const int32_t from = way_from(&s->net, way), to = way_from(&s->net, way ^ 1);
+            while (walkable(&s->net, way) && slack_of(s, way, from, to) < -s->epsilon)
+                move_flow(s, way, from, to, capacity(&s->net, way));
+        }
+    }
+}
+
+/* Moves every node later by its distance to the nearest deficit, at most that of the farthest excess: then each excess has a
+ * path of negative slack to a deficit (the global update of Goldberg 1997). */
+static void move_towards_deficits(Scaler *s) {
+    int32_t num_to_find = 0;
+    int64_t farthest = 0;
+    for (int32_t v = 0; v < s->net.num_nodes; v++) {
+        s->distance[v] = UNBOUNDED;
+        num_to_find += s->excess[v] > 0;
+        if (s->excess[v] < 0) heap_offer(&s->nearest, v, 0, NONE);
+    }
+    while (num_to_find > 0) {
+        const int32_t node = s->nearest.entries[0].node;
+        farthest = s->distance[node] = s->nearest.entries[0].due;
+        heap_remove(&s->nearest, node);
+        num_to_find -= s->excess[node] > 0;
+        for (int32_t i = s->net.first_incidence[node]; i < s->net.first_incidence[node + 1]; i++) {
+            const int32_t from = s->net.incidences[i].neighbour, way = s->net.incidences[i].way ^ 1;
+            if (s->distance[from] == UNBOUNDED && walkable(&s->net, way))
+                heap_offer(&s->nearest, from, farthest + slack_of(s, way, from, node) + s->epsilon, way);
+        }
+    }
+    heap_clear(&s->nearest);
+    for (int32_t v = 0; v < s->net.num_nodes; v++) {
+        s->moment[v] += s->distance[v] < farthest ? s->distance[v] : farthest;
+        s->next_incidence[v] = s->net.first_incidence[v];
+    }
+}
+
+/* Moves a node later until one way from it has slack -epsilon. */
+static void move_later(Scaler *s, int32_t node) {
+    int64_t least = UNBOUNDED;
+    for (int32_t i = s->net.first_incidence[node]; i < s->net.first_incidence[node + 1]; i++) {
+        const Incidence at = s->net.incidences[i];
+        if (!walkable(&s->net, at.way)) continue;
+        const int64_t room = slack_of(s, at.way, node, at.neighbour);
+        if (room < least) least = room;
+    }
+    s->moment[node] += least + s->epsilon;
+    s->next_incidence[node] = s->net.first_incidence[node];
+}
+
+/* Pushes a node's excess along ways of negative slack; true when some is left and the node had to move. */
+static int discharge(Scaler *s, int32_t node) {
+    while (s->excess[node] > 0) {
+        if (s->next_incidence[node] == s->net.first_incidence[node + 1]) {
+            move_later(s, node);
+            return 1;
+        }
+        const Incidence at = s->net.incidences[s->next_incidence[node]];
+        if (!walkable(&s->net, at.way) || slack_of(s, at.way, node, at.neighbour) >= 0) {
+            s->next_incidence[node]++;
+            continue;
+        }
+        const int64_t most = capacity(&s->net, at.way);
+        move_flow(s, at.way, node, at.neighbour, most < s->excess[node] ? most : s->excess[node]);
+    }
+    return 0;
+}
+
+static void balance(Scaler *s) {
+    move_towards_deficits(s);
+    int32_t num_moved = 0;
+    while (s->queue_size > 0) {
+        const int32_t node = s->queue[s->queue_begin];
+        if (++s->queue_begin == s->net.num_nodes) s->queue_begin = 0;
+        s->queue_size--;
+        s->queued[node] = 0;
+        if (!discharge(s, node)) continue;
+        enqueue(s, node);
+        if (++num_moved == 1 + s->net.num_nodes / 2) {
+            move_towards_deficits(s);
+            num_moved = 0;
+        }
+    }
+}
+
+/* Takes over a flow that need not be balanced. */
+static void set_flow(Scaler *s, const int64_t *flow) {
+    for (int32_t a = 0; a < s->net.num_arcs; a++) {
+        Arc *arc = &s->net.arcs[a];
+        arc->flow = flow[a];
+        while (arc->knot > arc->fastest && arc->flow >= s->net.steepness[arc->knot - 1]) arc->knot--;
+        s->excess[arc->tail] -= flow[a];
+        s->excess[arc->head] += flow[a];
+    }
+    for (int32_t v = 0; v < s->net.num_nodes; v++)
+        if (s->excess[v] > 0) enqueue(s, v);
+}
+
+static int scale(Scaler *s, double tolerance, PyObject *progress, PyThreadState **thread) {
+    find_latest(s);
+    make_feasible(s);
+    for (;;) {
+        relax(s);
+        balance(s);
+        make_feasible(s);
+        if (s->epsilon == 1 || gap(s) <= tolerance) return 1;
+        if (!report(progress, s->epsilon, thread)) return 0;
+        s->epsilon = s->epsilon > EPSILON_FACTOR ? s->epsilon / EPSILON_FACTOR : 1;
+    }
+}
+
+const char solve_at_time_doc[] =
+    "solve_at_time(tail, head, curve, first_knot, length, steepness, moment, flow, source, epsilon,\n               tolerance, progress, /)\n\n"
+    "Solves for the T that the last arc, from sink to source with length -T, asks for.\n\n"
+    "Arcs but the last are sorted by the topological place of their tail. moment, flow: where to begin; epsilon: how far\n"
+    "these may be from optimal at first. Stops when the cost is proved to be within `tolerance` of the least. progress: None or a callable that\n"
+    "takes epsilon.\n\nReturns moments (int64 bytes), flow per arc (int64 bytes) and the proved gap.";
+
+PyObject *solve_at_time(PyObject *module, PyObject *args) {
+    (void)module;
+    Py_buffer tail, head, curve, first_knot, length, steepness, moment, flow;
+    int source;
+    long long epsilon;
+    double tolerance;
+    PyObject *progress, *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*y*iLdO", &tail, &head, &curve, &first_knot, &length, &steepness, &moment, &flow,
+                          &source, &epsilon, &tolerance, &progress))
+        return NULL;
+    const size_t n = (size_t)moment.len / sizeof(int64_t), m = (size_t)tail.len / sizeof(int32_t);
+    Scaler s = {
+        .source = source, .epsilon = epsilon, .moment = malloc(n * sizeof(int64_t)), .latest = malloc(n * sizeof(int64_t)),
+        .excess = calloc(n, sizeof(int64_t)), .distance = malloc(n * sizeof(int64_t)),
+        .next_incidence = malloc(n * sizeof(int32_t)), .queue = malloc(n * sizeof(int32_t)), .queued = calloc(n, 1),
+    };
+    const int has_room = network_init(&s.net, (int32_t)n, (int32_t)m, tail.buf, head.buf, curve.buf, first_knot.buf, length.buf,
+                                      steepness.buf) &
+                         heap_init(&s.nearest, (int32_t)n);
+    if (has_room && s.moment && s.latest && s.excess && s.distance && s.next_incidence && s.queue && s.queued) {
+        memcpy(s.moment, moment.buf, n * sizeof(int64_t));
+        set_flow(&s, flow.buf);
+        PyThreadState *thread = PyEval_SaveThread();
+        const int finished = scale(&s, tolerance, progress, &thread);
+        PyEval_RestoreThread(thread);
+        if (finished)
+            result = Py_BuildValue("NNd", PyBytes_FromStringAndSize((char *)s.moment, (Py_ssize_t)(n * sizeof(int64_t))),
+                                   network_flow(&s.net), gap(&s));
+    } else
+        PyErr_NoMemory();
+    network_free(&s.net);
+    heap_free(&s.nearest);
+    void *owned[] = {s.moment, s.latest, s.excess, s.distance, s.next_incidence, s.queue, s.queued};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    Py_buffer *views[] = {&tail, &head, &curve, &first_knot, &length, &steepness, &moment, &flow};
+    for (size_t i = 0; i < sizeof views / sizeof *views; i++) PyBuffer_Release(views[i]);
+    return result;
+}

@@ -1,0 +1,198 @@
+"""Rank 0's desk: from everybody's measurements to a plan. Knows nothing of ranks, threads and iterations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from perseus_core.errors import InputError
+from perseus_core.planning.baselines import all_max
+from perseus_core.planning.execution import execute
+from perseus_core.planning.fitting import fit_profile
+from perseus_core.planning.frontier import Frontier
+from perseus_core.planning.frontier_file import save_frontier
+from perseus_core.planning.plan import make_plan
+from perseus_core.planning.policy import Policy, straggler
+from perseus_core.planning.problem import PipelineProblem
+from perseus_core.planning.profile import Profile
+from perseus_core.planning.schedule import Instruction, Schedule
+from perseus_core.planning.solver import solve
+from perseus_core.runtime.coordination import Baseline
+from perseus_core.runtime.correction import SeenDuration, corrected
+from perseus_core.runtime.plan_message import PlanMessage
+from perseus_core.runtime.recorder import Step
+
+
+@dataclass(frozen=True)
+class MeasuredJob:
+    """What the planner needs to know.
+
+    Attributes:
+        profile: as measured, one GPU for each stage.
+        blocking_power_w: of each stage's GPU.
+        baseline: the job at unlocked clocks.
+    """
+
+    profile: Profile
+    blocking_power_w: tuple[float, ...]
+    baseline: Baseline
+
+
+class PlanningDesk:
+    """Keeps the job's profile and makes plans from it. One thread at a time.
+
+    Attributes:
+        job: what is known; none before the first measurements.
+        profile: fitted, and corrected by what was seen.
+        policy: picks the point of the frontier.
+        straggler_slowdown: T'/T, 1 for none.
+    """
+
+    def __init__(
+        self,
+        schedule: Callable[[int], Schedule],
+        supported_clocks_mhz: Sequence[int],
+        policy: Policy,
+        *,
+        straggler_slowdown: float = 1.0,
+        switch_latency_s: float = 0.0,
+        frontier_file: str = "",
+    ) -> None:
+        """Knows nothing yet."""
+        self.job: MeasuredJob | None = None
+        self.profile: Profile | None = None
+        self.policy = policy
+        self.straggler_slowdown = straggler_slowdown
+        self._schedule = schedule
+        self._traced: Schedule | None = None
+        self._clocks_mhz = tuple(supported_clocks_mhz)
+        self._switch_latency_s = switch_latency_s
+        self._frontier_file = frontier_file
+        self._baseline_time_s = 0.0
+        self._outside_time_s = 0.0
+        self._outside_energy_j = 0.0
+        self._margin_s = 0.0
+        self._last_plan: PlanMessage | None = None
+        self.num_plans = 0
+
+    def take_measurements(self, job: MeasuredJob, traced: Sequence[Sequence[Step]] | None = None) -> None:
+        """Starts from new measurements; `traced` is what each stage executed, where that is not the schedule given."""
+        self.job = job
+        if traced is not None:
+            self._traced = _schedule_of(traced, job.baseline.num_microbatches)
+        self.profile = fit_profile(job.profile, clocks_mhz=self._clocks_mhz)
+        self._calibrate()
+
+    def restore(self, job: MeasuredJob, fitted: Profile, traced: Schedule | None) -> None:
+        """Goes on from a saved state."""
+        self.job, self.profile, self._traced = job, fitted, traced
+        self._calibrate()
+
+    def correct(self, seen: Sequence[SeenDuration], measured_time_s: float, *, speed_changed: bool) -> None:
+        """Takes in what was seen under the plan.
+
+        Args:
+            seen: durations of all ranks.
+            measured_time_s: of an iteration.
+            speed_changed: a GPU runs at another speed than before, so the job would be slower without us, too.
+        """
+        profile, plan = self._known_profile(), self._last_plan
+        assert plan is not None, "only a plan that ran is corrected"
+        self.profile = corrected(profile, seen)
+        problem = self._problem(plan.num_microbatches)
+        if speed_changed:
+            self._baseline_time_s = all_max(problem).iteration_time_s
+        else:
+            clocks = [planned.clock_mhz for stage in plan.stages for planned in stage.clocks]
+            explained_s = execute(problem, clocks).iteration_time_s
+            self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.promised_time_s))
+
+    def forget_corrections(self) -> None:
+        """Back to what was measured in the first place."""
+        assert self.job is not None, "there are measurements"
+        self.profile = fit_profile(self.job.profile, clocks_mhz=self._clocks_mhz)
+        self._calibrate()
+
+    def plan(self, num_microbatches: int | None = None) -> PlanMessage:
+        """Makes a plan, by default for as many microbatches as the baseline has.
+
+        Raises:
+            InputError: if the policy asks for what cannot be, or there is no schedule for that many microbatches.
+        """
+        start_s = time.monotonic()
+        assert self.job is not None, "there are measurements"
+        usual = self.job.baseline.num_microbatches
+        problem = self._problem(num_microbatches or usual)
+        frontier = solve(problem)
+        unlocked = all_max(problem)
+        if problem.schedule.num_microbatches == usual:
+            unlocked = replace(unlocked, iteration_time_s=self._baseline_time_s)
+        limit_s = self._target_s(frontier, unlocked.iteration_time_s)
+        plan = make_plan(
+            frontier,
+            lambda f, _: max(f.fastest_time_s, min(limit_s, f.min_energy_time_s) - self._margin_s),
+            baseline=unlocked,
+            switch_latency_s=self._switch_latency_s,
+        )
+        if self._frontier_file:
+            save_frontier(frontier, self._frontier_file)
+        self.num_plans += 1
+        unlocked_s = iter(unlocked.durations_s.tolist())
+        message = PlanMessage.of(
+            plan,
+            [[next(unlocked_s) for _ in order] for order in plan.stages],
+            number=self.num_plans,
+            limit_time_s=max(limit_s, plan.iteration_time_s, unlocked.iteration_time_s * self.straggler_slowdown),
+            solve_s=time.monotonic() - start_s,
+        )
+        if message.num_microbatches == usual:
+            self._last_plan = message
+        return message
+
+    def _target_s(self, frontier: Frontier[PipelineProblem], baseline_time_s: float) -> float:
+        reachable_s = max(baseline_time_s, frontier.fastest_time_s)
+        target_s = self.policy(frontier, reachable_s)
+        if self.straggler_slowdown > 1:
+            target_s = max(target_s, straggler(self.straggler_slowdown)(frontier, reachable_s))
+        return target_s
+
+    def _calibrate(self) -> None:
+        """What the baseline took beyond the pipeline's own time and energy is outside it: a constant."""
+        assert self.job is not None, "there are measurements"
+        baseline = self.job.baseline
+        self._outside_time_s = self._outside_energy_j = self._margin_s = 0.0
+        pipeline = all_max(self._problem(baseline.num_microbatches))
+        self._outside_time_s = max(0.0, baseline.time_s - pipeline.iteration_time_s)
+        unlocked = all_max(self._problem(baseline.num_microbatches))
+        self._baseline_time_s = unlocked.iteration_time_s
+        if baseline.energy_j:
+            self._outside_energy_j = max(0.0, baseline.energy_j - unlocked.energy_j)
+
+    def _problem(self, num_microbatches: int) -> PipelineProblem:
+        assert self.job is not None, "there are measurements"
+        return PipelineProblem.of(
+            self._known_profile(),
+            self.schedule(num_microbatches),
+            self.job.blocking_power_w,
+            outside_time_s=self._outside_time_s,
+            outside_energy_j=self._outside_energy_j,
+        )
+
+    def schedule(self, num_microbatches: int) -> Schedule:
+        """The schedule that runs: what was traced counts for more than what was said."""
+        if self._traced is not None:
+            if self._traced.num_microbatches != num_microbatches:
+                raise InputError(f"the order of {num_microbatches} microbatches was not traced")
+            return self._traced
+        return self._schedule(num_microbatches)
+
+    def _known_profile(self) -> Profile:
+        assert self.profile is not None, "there are measurements"
+        return self.profile
+
+
+def _schedule_of(traced: Sequence[Sequence[Step]], num_microbatches: int) -> Schedule:
+    stages = tuple(tuple(Instruction(stage, *step) for step in steps) for stage, steps in enumerate(traced))
+    num_chunks = max(i.chunk for order in stages for i in order) + 1
+    return Schedule("traced", num_chunks, num_microbatches, stages)

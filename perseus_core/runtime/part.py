@@ -1,0 +1,65 @@
+"""What a rank sends to rank 0 when measurements are collected."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perseus_core.planning.schedule import InstructionType, Kind
+from perseus_core.runtime.correction import SeenDuration
+from perseus_core.runtime.recorder import Step
+from perseus_core.runtime.stage_measurements import StageMeasurements
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's share of what is collected.
+
+    Attributes:
+        measurements: of its sweep; without clocks if it made none.
+        seen: durations under the plan that runs.
+        traced: what it executed, if that is not what its schedule says.
+    """
+
+    measurements: StageMeasurements
+    seen: tuple[SeenDuration, ...] = ()
+    traced: tuple[Step, ...] = ()
+
+    def encode(self) -> bytes:
+        """As bytes."""
+        fields = {
+            "stage": self.measurements.stage,
+            "measurements": self.measurements.to_numbers(),
+            "seen": [[s.type.chunk, s.type.kind.value, s.clock_mhz, s.time_s, s.executions] for s in self.seen],
+            "traced": [[chunk, microbatch, kind.value] for chunk, microbatch, kind in self.traced],
+        }
+        return zlib.compress(json.dumps(fields).encode())
+
+    @classmethod
+    def decode(cls, content: bytes) -> Part:
+        """From the bytes that `encode` made."""
+        fields = json.loads(zlib.decompress(content))
+        stage = fields["stage"]
+        return cls(
+            StageMeasurements.from_numbers(stage, fields["measurements"]),
+            tuple(
+                SeenDuration(InstructionType(stage, chunk, Kind(kind)), clock, time_s, executions)
+                for chunk, kind, clock, time_s, executions in fields["seen"]
+            ),
+            tuple((chunk, microbatch, Kind(kind)) for chunk, microbatch, kind in fields["traced"]),
+        )
+
+
+def traced_stages(parts: Sequence[Part], schedule_of_stage: Sequence[Sequence[Step]]) -> list[Sequence[Step]] | None:
+    """What each stage executed, or None where all followed the schedule.
+
+    Args:
+        parts: of all ranks.
+        schedule_of_stage: what the schedule says.
+    """
+    traced = {part.measurements.stage: part.traced for part in parts if part.traced}
+    if not traced:
+        return None
+    return [traced.get(stage, steps) for stage, steps in enumerate(schedule_of_stage)]

@@ -1,0 +1,2 @@
+def open_engine_session(engine, settings, pipe_schedule):
+    raise NotImplementedError

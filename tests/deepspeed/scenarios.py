@@ -1,0 +1,140 @@
+"""What the ranks of the tests' jobs do. Each function runs on every rank; what it returns goes back as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+WIDTH = 8
+
+
+def start() -> None:
+    """What DeepSpeed wants on the CPU."""
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+
+
+def stop() -> None:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def tied_linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return x @ layer.weight
+
+
+def make_engine(
+    config: dict[str, Any], stages: int, *, model_parallel: int = 1, tied: bool = False, checkpointing: bool = False
+) -> Any:
+    """A pipeline of linear layers."""
+    torch.manual_seed(7)
+    layers: list[Any] = [LayerSpec(torch.nn.Linear, WIDTH, WIDTH) for _ in range(2 * stages)]
+    if tied:
+        layers[0] = TiedLayerSpec("ends", torch.nn.Linear, WIDTH, WIDTH, bias=False)
+        layers[-1] = TiedLayerSpec("ends", torch.nn.Linear, WIDTH, WIDTH, bias=False, forward_fn=tied_linear)
+    data_parallel = torch.distributed.get_world_size() // stages // model_parallel
+    model = PipelineModule(
+        layers,
+        topology=PipeModelDataParallelTopology(num_pp=stages, num_mp=model_parallel, num_dp=data_parallel),
+        loss_fn=torch.nn.functional.mse_loss,
+        partition_method="uniform",
+        activation_checkpoint_interval=1 if checkpointing else 0,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def data(engine: Any) -> Any:
+    generator = torch.Generator().manual_seed(engine.grid.data_parallel_id)
+    dtype = next(engine.module.parameters()).dtype
+    while True:
+        yield torch.randn(2, WIDTH, generator=generator).to(dtype), torch.randn(2, WIDTH, generator=generator).to(dtype)
+
+
+def batch_config(microbatches: int, **more: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": microbatches,
+        "steps_per_print": 10_000,
+        **more,
+    }
+
+
+class RecordingSession:
+    """Stands in for a session: writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.iterations: list[dict[str, Any]] = []
+        self.closed = False
+
+    def begin_iteration(self, num_microbatches: int, *, training: bool = True) -> None:
+        self.iterations.append({"microbatches": num_microbatches, "training": training, "order": [], "ended": False})
+
+    def begin_instruction(self, chunk: int, microbatch: int, kind: str) -> None:
+        self.iterations[-1]["order"].append([chunk, microbatch, kind.value])
+
+    def end_instruction(self) -> None:
+        self.iterations[-1]["order"][-1].append("ended")
+
+    def end_iteration(self) -> None:
+        self.iterations[-1]["ended"] = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def record() -> list[RecordingSession]:
+    """Has every session that would be opened replaced by a recording one; returns them as they come."""
+    from perseus_ds import start as perseus_start
+
+    sessions: list[RecordingSession] = []
+
+    def open_recording(engine: Any, settings: Any, pipe_schedule: Any) -> RecordingSession:
+        sessions.append(RecordingSession())
+        return sessions[-1]
+
+    perseus_start.open_engine_session = open_recording  # type: ignore[assignment]
+    return sessions
+
+
+ENABLED = {"perseus": {"enabled": True}}
+BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+
+
+def record_many_engines() -> dict[str, Any]:
+    """Batches of engines of many kinds, one after the other, on 4 ranks; returns what was recorded of each."""
+    start()
+    sessions = record()
+    recorded: dict[str, Any] = {}
+
+    def run(name: str, stages: int, config: dict[str, Any], *, evaluate: bool = False, **model: Any) -> None:
+        engine = make_engine({**config, **ENABLED}, stages, **model)
+        batches = data(engine)
+        if evaluate:
+            engine.eval_batch(batches)  # before the session is opened
+        engine.train_batch(batches)
+        if evaluate:
+            engine.eval_batch(batches, num_micro_batches=3)
+        engine.set_train_batch_size(engine.train_batch_size() * 2)
+        engine.train_batch(batches)
+        recorded[name] = {"stage": engine.stage_id, "iterations": sessions[-1].iterations}
+        engine.destroy()
+        recorded[name]["closed"] = sessions[-1].closed
+
+    run("pp4", 4, batch_config(6), evaluate=True)
+    run("pp4 of 2 microbatches", 4, batch_config(2))
+    run("pp2 x dp2, bf16, zero-1", 2, batch_config(4, **BF16))
+    run("pp2 x mp2", 2, batch_config(4), model_parallel=2)
+    run("tied", 4, batch_config(4), tied=True)
+    run("checkpointing", 4, batch_config(4, pipeline={"use_reentrant": False}), checkpointing=True)
+    run("pp1 x dp4", 1, batch_config(4))
+    stop()
+    return recorded
