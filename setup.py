@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["perseus_core*", "perseus_ds*", "perseus_megatron*"]),
-    package_data={"perseus_core": ["py.typed", "planning/*.pyi", "planning/native/*"]},
+    package_data={"perseus_core": ["py.typed", "planning/*.pyi", "planning/native/*", "report/page/*"]},
     ext_modules=[
         Extension(
             "perseus_core.planning._native",

@@ -16,7 +16,9 @@ def schedule_factory(train_schedule: Any) -> Callable[[int], Schedule]:
     """From a number of microbatches to the schedule that the engine will run.
 
     Args:
-        train_schedule: what `engine._train_schedule()` returned, on any stage.
+        train_schedule: what the engine executes in a training batch, on any stage.
+
+    The function returned raises `InputError` for a number of microbatches that DeepSpeed refuses.
     """
     schedule_class, num_stages = type(train_schedule), train_schedule.num_stages
 
@@ -27,10 +29,11 @@ def schedule_factory(train_schedule: Any) -> Callable[[int], Schedule]:
 
 
 def _schedule(schedule_class: Callable[..., Any], num_stages: int, num_microbatches: int) -> Schedule:
-    stages = tuple(
-        stage_order(stage, schedule_class(micro_batches=num_microbatches, stages=num_stages, stage_id=stage).steps())
-        for stage in range(num_stages)
-    )
+    try:
+        of_stages = [schedule_class(num_microbatches, num_stages, stage) for stage in range(num_stages)]
+    except ValueError as error:
+        raise InputError(f"DeepSpeed has no such schedule: {error}") from None
+    stages = tuple(stage_order(stage, of_stage.steps()) for stage, of_stage in enumerate(of_stages))
     canonical = one_f_one_b(num_stages, num_microbatches)
     if stages == canonical.stages:
         return canonical

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,14 @@ from perseus_core.errors import InputError
 from perseus_core.planning.baselines import Baseline, all_max, envpipe, zeus_global, zeus_per_stage
 from perseus_core.planning.execution import Execution
 from perseus_core.planning.plan import make_plan
+from perseus_core.report.frontier_figure import draw_frontier
+from perseus_core.report.html_page import frontier_page
 from perseus_core.report.save import save_figure
 from perseus_core.report.tables import ComparisonRow, comparison_table
+from perseus_core.report.timeline_figure import draw_before_and_after
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HELP = "compare with Zeus, EnvPipe and the published frontier; draw the figures"
 
@@ -67,16 +74,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         answers.print(comparison_table(rows))
     if args.output:
-        from perseus_core.report.frontier_figure import draw_frontier
-        from perseus_core.report.html_page import frontier_page
-        from perseus_core.report.timeline_figure import draw_before_and_after
-
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
-        figures = {
+        figures: dict[str, Figure | str] = {
             "frontier.png": draw_frontier(frontier, plan=plan, baselines=others, published=published),
             "timeline.png": draw_before_and_after(problem, baseline, plan),
-            "frontier.html": frontier_page(frontier),
+            "frontier.html": frontier_page(frontier, baselines=others),
         }
         for name, figure in figures.items():
             save_figure(figure, folder / name)

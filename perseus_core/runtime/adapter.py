@@ -1,8 +1,9 @@
 """What every framework adapter needs and none should write again: hooks that come off, and a session that never hurts.
 
-An adapter puts hooks into its framework with `Hooks` and has them call a `Follower`. The follower opens the session at
-the first training iteration, where all ranks are sure to be at the same place, and passes everything on. Whatever fails
-on our side takes the hooks off, closes the session, and lets the training go on.
+An adapter puts hooks into its framework with `Hooks` and has them call a `Follower`. The follower lets the first training
+iteration pass, in which frameworks compile, allocate and learn shapes; at the second, where all ranks are sure to be at the
+same place, it opens the session, and passes everything on from there. Whatever fails on our side takes the hooks off,
+closes the session, and lets the training go on.
 """
 
 from __future__ import annotations
@@ -68,20 +69,21 @@ class Follower:
     """Passes what a framework does on to the session. Never raises; does nothing any more once something has failed.
 
     Attributes:
-        session: from the first training iteration on.
+        session: from the second training iteration on.
     """
 
     def __init__(self, open_session: Callable[..., FollowedSession], hooks: Hooks) -> None:
         """Opens nothing yet.
 
         Args:
-            open_session: called at the first training iteration, with what the adapter gives `begin_iteration` as
+            open_session: called at the second training iteration, with what the adapter gives `begin_iteration` as
                 `opening`. All ranks call it at the same place.
             hooks: taken off when something fails, or at the end.
         """
         self.session: FollowedSession | None = None
         self._open_session = open_session
         self._hooks = hooks
+        self._num_trainings = 0
         self._in_iteration = False
         self._finished = False
 
@@ -91,18 +93,22 @@ class Follower:
         return self._finished
 
     def begin_iteration(self, num_microbatches: int, *, training: bool, opening: Sequence[Any] = ()) -> None:
-        """An iteration starts. Iterations before the first training one (a first evaluation) are not followed."""
+        """An iteration starts. Nothing before the second training iteration is followed."""
         if self._finished:
             return
         try:
             if self.session is None:
-                if not training:
+                if not training or self._is_first_training():
                     return
                 self.session = self._open_session(*opening)
             self.session.begin_iteration(num_microbatches, training=training)
             self._in_iteration = True
         except Exception as error:
             self.give_up(error)
+
+    def _is_first_training(self) -> bool:
+        self._num_trainings += 1
+        return self._num_trainings == 1
 
     def begin_instruction(self, chunk: int, microbatch: int, kind: Kind) -> None:
         """An instruction starts on this rank."""

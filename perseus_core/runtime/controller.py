@@ -8,6 +8,7 @@ never asks for a clock that is already set. An error ends it, gives the clock ba
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import os
 import queue
@@ -27,8 +28,11 @@ from perseus_core.runtime.switch_latency import SwitchLatency
 
 __all__ = ["ClockController", "ClockControllerFailed", "PlannedClock"]
 
-# While a change of clock is due before the next event, this is how often it looks whether that event has come early.
+# How often it looks for the next event where it cannot wait for it: because it is not recorded yet (waking a thread
+# for each one would cost the training thread some 10 us), or because a change is due before it. Events carry their
+# times, so one that is seen late is not acted upon late, as long as it lies more than a latency before the next change.
 _LOOK_EVERY_S = 0.005
+_LOOK_EVERY_S_IDLE = 1.0
 _STOP_PATIENCE_S = 0.5
 
 
@@ -46,7 +50,7 @@ class _InstructionBegins:  # not frozen: that would double the cost of making on
     event: Event
 
 
-@dataclass
+@dataclass(slots=True)
 class _InstructionEnds:
     event: Event
 
@@ -61,18 +65,13 @@ class _Hold:
     clock_mhz: int | None
 
 
-@dataclass(frozen=True)
-class _Stop:
-    pass
-
-
-_Message = _IterationBegins | _InstructionBegins | _InstructionEnds | _IterationEnds | _Hold | _Stop
+_Message = _IterationBegins | _InstructionBegins | _InstructionEnds | _IterationEnds | _Hold
 
 
 class ClockController:
     """Sets one GPU's clock, instruction by instruction.
 
-    From `begin_iteration` to `hold`, everything is a message to the controller's thread: it costs about a microsecond,
+    From `begin_iteration` to `hold`, everything is a message to the controller's thread: it costs a few microseconds,
     raises nothing, and is acted upon when the GPU has reached what was recorded before. After a failure all of them do
     nothing.
     """
@@ -97,8 +96,8 @@ class ClockController:
         self._device = device
         self._failure: GpuError | None = None
         self._is_following = False
-        self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self._reached_next: deque[_Message] = deque()
+        self._messages: deque[_Message] = deque()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._lookahead = Lookahead()
         self._latency = SwitchLatency(switch_latency_s)
         self._clock = GuardedClock(device, self._give_up, hang_limit_s=hang_limit_s, call_limit_s=call_limit_s)
@@ -120,7 +119,7 @@ class ClockController:
         """Gives the clock back, for good. Takes a second at most, even where the driver hangs."""
         atexit.unregister(self.stop)
         self._is_following = False
-        self._messages.put(_Stop())
+        self._wake.put(None)
         if self._thread.is_alive():
             self._thread.join(_STOP_PATIENCE_S)
         self._clock.release(_STOP_PATIENCE_S)
@@ -128,27 +127,29 @@ class ClockController:
     def begin_iteration(self, plan: Sequence[PlannedClock] | None) -> None:
         """The iteration begins. `plan`: this stage's instructions in order, or none to leave the clock alone."""
         if self._is_following:
-            self._messages.put(_IterationBegins(plan))
+            self._messages.append(_IterationBegins(plan))
+            self._wake.put(None)
 
     def instruction_begins(self, event: Event) -> None:
         """The next instruction begins at this event."""
         if self._is_following:
-            self._messages.put(_InstructionBegins(event))
+            self._messages.append(_InstructionBegins(event))
 
     def instruction_ends(self, event: Event) -> None:
         """The instruction ends at this event."""
         if self._is_following:
-            self._messages.put(_InstructionEnds(event))
+            self._messages.append(_InstructionEnds(event))
 
     def end_iteration(self) -> None:
         """The iteration ends: the next instruction is the first of an iteration."""
         if self._is_following:
-            self._messages.put(_IterationEnds())
+            self._messages.append(_IterationEnds())
 
     def hold(self, clock_mhz: int | None) -> None:
         """One clock [MHz] for everything until the next `begin_iteration` with a plan; none: leave it to the driver."""
         if self._is_following:
-            self._messages.put(_Hold(clock_mhz))
+            self._messages.append(_Hold(clock_mhz))
+            self._wake.put(None)
 
     # What anybody may read
 
@@ -204,18 +205,14 @@ class ClockController:
         if self._failure is None:
             self._failure = error
         self._is_following = False
-        self._messages.put(_Stop())
+        self._wake.put(None)
 
     def _take_what_was_reached(self) -> bool:
         """Brings the lookahead to the newest event that was reached; returns whether to go on."""
-        while True:
-            while not self._messages.empty():
-                self._reached_next.append(self._messages.get())
-            if not self._is_following:
-                return False
-            if not self._reached_next or not _is_reached(self._reached_next[0]):
+        while self._is_following:
+            if not self._messages or not _is_reached(self._messages[0]):
                 return True
-            message = self._reached_next.popleft()
+            message = self._messages.popleft()
             self._clock.beat(time.monotonic())
             match message:
                 case _InstructionBegins(event):
@@ -228,8 +225,7 @@ class ClockController:
                     self._lookahead.end_iteration()
                 case _Hold(clock_mhz):
                     self._lookahead.hold(clock_mhz)
-                case _Stop():
-                    pass  # it was there to wake this thread
+        return False
 
     def _set_wanted_clock(self) -> None:
         if self._lookahead.is_idle:
@@ -254,15 +250,12 @@ class ClockController:
                 return  # it has just become due
             due_s = self._lookahead.next_change_s(self._latency.seconds)
             due_in_s = due_s - now_s if due_s > now_s else math.inf
-        if not self._reached_next:
-            try:
-                self._reached_next.append(self._messages.get(timeout=None if due_in_s == math.inf else due_in_s))
-            except queue.Empty:
-                return
-        elif due_in_s == math.inf:
-            _wait_for(self._reached_next[0])
+        if self._messages and due_in_s == math.inf:
+            _wait_for(self._messages[0])
         else:
-            time.sleep(min(due_in_s, _LOOK_EVERY_S))
+            look_in_s = _LOOK_EVERY_S if self._lookahead.follows_plan else _LOOK_EVERY_S_IDLE
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=min(due_in_s, look_in_s))
 
     def _leave_in_child(self) -> None:
         """In a forked child: the parent follows, and the parent's clock is not ours."""

@@ -36,6 +36,7 @@ class Reason(Enum):
     PROFILED = "profiled"
     SLOWER = "slower than allowed"
     SPEED_CHANGED = "a GPU changed its speed"
+    RECOVERED = "a GPU may be as fast as before"
 
 
 @dataclass(frozen=True)

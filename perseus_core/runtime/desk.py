@@ -39,6 +39,23 @@ class MeasuredJob:
     baseline: Baseline
 
 
+@dataclass(frozen=True)
+class DeskState:
+    """All that a restarted job needs to go on.
+
+    Attributes:
+        job: as measured.
+        fitted: the profile, fitted and corrected.
+        traced: the schedule that runs, where it is not the one the framework says.
+        plan: the newest plan.
+    """
+
+    job: MeasuredJob
+    fitted: Profile
+    traced: Schedule | None
+    plan: PlanMessage
+
+
 class PlanningDesk:
     """Keeps the job's profile and makes plans from it. One thread at a time.
 
@@ -84,10 +101,17 @@ class PlanningDesk:
         self.profile = fit_profile(job.profile, clocks_mhz=self._clocks_mhz)
         self._calibrate()
 
-    def restore(self, job: MeasuredJob, fitted: Profile, traced: Schedule | None) -> None:
-        """Goes on from a saved state."""
-        self.job, self.profile, self._traced = job, fitted, traced
+    def state(self, plan: PlanMessage) -> DeskState:
+        """What to save beside a plan."""
+        assert self.job is not None, "there are measurements"
+        return DeskState(self.job, self._known_profile(), self._traced, plan)
+
+    def restore(self, state: DeskState) -> None:
+        """Goes on from a saved state; its plan becomes number 1."""
+        self.job, self.profile, self._traced = state.job, state.fitted, state.traced
         self._calibrate()
+        self._last_plan = replace(state.plan, number=1)
+        self.num_plans = 1
 
     def correct(self, seen: Sequence[SeenDuration], measured_time_s: float, *, speed_changed: bool) -> None:
         """Takes in what was seen under the plan.

@@ -61,6 +61,11 @@ class Lookahead:
         self._position = -1
         self._end_s = math.inf
 
+    @property
+    def follows_plan(self) -> bool:
+        """Whether what is wanted depends on the instruction that runs."""
+        return bool(self._plan)
+
     def hold(self, clock_mhz: int | None) -> None:
         """Wants one clock for everything; none to leave it to the driver."""
         self.is_idle = False

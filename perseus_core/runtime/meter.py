@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from perseus_core.runtime.stage_measurements import StageMeasurements
 
 # Readings this far before an iteration are still needed to interpolate its beginning.
 _READINGS_BEFORE_S = 2.0
+_REMEMBERED_ITERATIONS = 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Meter:
         self._uncounted: deque[MeasuredIteration] = deque()
         self._energies: deque[tuple[int, float]] = deque()
         self._plan = 0
-        self._seen: dict[tuple[int, Kind, int], list[float]] = {}
+        self._under_plan: deque[MeasuredIteration] = deque(maxlen=_REMEMBERED_ITERATIONS)
 
     def start(self) -> None:
         """Starts to sample the energy counter."""
@@ -90,11 +92,16 @@ class Meter:
 
     # Under a plan
 
-    def seen(self) -> tuple[SeenDuration, ...]:
-        """Mean durations under the plan that runs, by planned clock."""
+    def seen(self, num_iterations: int) -> tuple[SeenDuration, ...]:
+        """Mean durations in the last iterations under the plan that runs, by planned clock."""
+        durations_s: dict[tuple[int, Kind, int], list[float]] = {}
+        for measured in list(self._under_plan)[-num_iterations:]:
+            for span, clock_mhz in zip(measured.iteration.spans, measured.record.expectation.clocks_mhz, strict=True):
+                of_clock = durations_s.setdefault((span.type.chunk, span.type.kind, clock_mhz), [])
+                of_clock.append(span.end_s - span.begin_s)
         return tuple(
-            SeenDuration(InstructionType(self._stage, chunk, kind), clock_mhz, float(np.mean(times_s)), len(times_s))
-            for (chunk, kind, clock_mhz), times_s in self._seen.items()
+            SeenDuration(InstructionType(self._stage, chunk, kind), clock_mhz, fmean(times_s), len(times_s))
+            for (chunk, kind, clock_mhz), times_s in durations_s.items()
         )
 
     # Every iteration
@@ -118,7 +125,7 @@ class Meter:
             )
             self._uncounted.append(measured)
             if comparable:
-                self._note_durations(measured)
+                self._remember(measured)
                 self._feed_sweep(measured)
         while self._uncounted and self._count(self._uncounted[0]):
             self._uncounted.popleft()
@@ -140,17 +147,16 @@ class Meter:
             beat = beat._replace(counted=iteration, energy_j=energy_j)
         return beat._replace(sweep_done=float(self._sweep is not None and self._sweep.is_complete))
 
-    def _note_durations(self, measured: MeasuredIteration) -> None:
+    def _remember(self, measured: MeasuredIteration) -> None:
         expectation = measured.record.expectation
         if not expectation.plan:
             return
         if expectation.plan != self._plan:
             # In the first iteration under a plan its clocks may come late.
-            self._plan, self._seen = expectation.plan, {}
-            return
-        for span, clock_mhz in zip(measured.iteration.spans, expectation.clocks_mhz, strict=True):
-            key = (span.type.chunk, span.type.kind, clock_mhz)
-            self._seen.setdefault(key, []).append(span.end_s - span.begin_s)
+            self._plan = expectation.plan
+            self._under_plan.clear()
+        else:
+            self._under_plan.append(measured)
 
     def _feed_sweep(self, measured: MeasuredIteration) -> None:
         if self._sweep is None or self._sweep.is_complete:

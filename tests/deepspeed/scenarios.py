@@ -91,6 +91,12 @@ class RecordingSession:
         self.closed = True
 
 
+def train(engine: Any, batches: Any) -> None:
+    """The first training batch, which is not followed, and the first that is."""
+    for _ in range(2):
+        engine.train_batch(batches)
+
+
 def record() -> list[RecordingSession]:
     """Has every session that would be opened replaced by a recording one; returns them as they come."""
     from perseus_ds import start as perseus_start
@@ -120,7 +126,7 @@ def record_many_engines() -> dict[str, Any]:
         batches = data(engine)
         if evaluate:
             engine.eval_batch(batches)  # before the session is opened
-        engine.train_batch(batches)
+        train(engine, batches)
         if evaluate:
             engine.eval_batch(batches, num_micro_batches=3)
         engine.set_train_batch_size(engine.train_batch_size() * 2)
@@ -136,5 +142,42 @@ def record_many_engines() -> dict[str, Any]:
     run("tied", 4, batch_config(4), tied=True)
     run("checkpointing", 4, batch_config(4, pipeline={"use_reentrant": False}), checkpointing=True)
     run("pp1 x dp4", 1, batch_config(4))
+    recorded["dualpipev"] = record_dualpipev(sessions)
+    recorded["exhausted"] = record_exhausted_data(sessions)
     stop()
     return recorded
+
+
+def record_dualpipev(sessions: list[RecordingSession]) -> dict[str, Any]:
+    from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+
+    from perseus_ds.extraction import schedule_factory
+
+    module = DualPipeVModule(
+        [LayerSpec(torch.nn.Linear, WIDTH, WIDTH) for _ in range(8)],
+        num_stages=4,
+        loss_fn=torch.nn.functional.mse_loss,
+        partition_method="uniform",
+    )
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config={**batch_config(8), **ENABLED})
+    train(engine, data(engine))
+    extracted = schedule_factory(engine._train_schedule())(8).stages[engine.stage_id]
+    engine.destroy()
+    return {
+        "iterations": sessions[-1].iterations,
+        "extracted": [[i.chunk, i.microbatch, i.kind.value] for i in extracted],
+    }
+
+
+def record_exhausted_data(sessions: list[RecordingSession]) -> dict[str, Any]:
+    """A pipeline of one stage, so that the others need not be told that the data have run out."""
+    engine = make_engine({**batch_config(4), **ENABLED}, 1)
+    batches = data(engine)
+    train(engine, batches)
+    try:
+        engine.train_batch(iter([next(batches)]))
+    except StopIteration:
+        error = "StopIteration"
+    engine.destroy()
+    return {"error": error, "ended": sessions[-1].iterations[-1]["ended"]}

@@ -29,7 +29,7 @@ def duration_s(kind: str, clock_mhz: int) -> float:
 
 @contextmanager
 def simulated_machine(folder: Path, **changes: Any) -> Iterator[simulated.SimulatedNode]:
-    """GPUs that `pynvml` of this process and of its children sees; keyword arguments replace fields of the description."""
+    """GPUs that `pynvml` of this process and its children sees; keyword arguments replace fields of the description."""
     lines = ["stage,instruction,frequency,time,energy"]
     for kind in BASE_S:
         for clock in CLOCKS_MHZ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import time
@@ -92,7 +93,7 @@ def requested_mhz(node: SimulatedNode) -> list[int | None]:
 def test_instructions_run_at_their_planned_clocks(
     node: SimulatedNode, make_controller: Callable[..., ClockController]
 ) -> None:
-    """Nearly all of their time, with a change that takes 15 ms at nearly every boundary; no clock is asked for twice."""
+    """Nearly all of their time, with 15 ms for a change at nearly every boundary; no clock is asked for twice."""
     controller = make_controller()
     kinds = ["forward", "forward", "backward", "forward", "backward", "backward", "backward"]
     clocks = [1000, 600, 900, 700, 500, 500, 800]
@@ -115,7 +116,7 @@ def test_instructions_run_at_their_planned_clocks(
     assert min(statistics.median(s) for s in shares.values()) > 0.8
     assert statistics.median(shares[5]) > 0.95  # between two of which one has the same clock
     requests = requested_mhz(node)
-    assert all(before != after for before, after in zip(requests, requests[1:], strict=False))
+    assert all(before != after for before, after in itertools.pairwise(requests))
     assert 0.014 < controller.switch_latency_s < 0.04
     assert controller.failure is None
 
