@@ -60,9 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         node = simulated.create_node(description, folder)
         begin_s = time.monotonic()
-        results = profile_pipeline(
-            PipelineRun(Path(folder), description.num_gpus, options.microbatches, settings)
-        )
+        results = profile_pipeline(PipelineRun(Path(folder), description.num_gpus, options.microbatches, settings))
         took_s = time.monotonic() - begin_s
 
     table = Table(title=f"{description.name}, errors in %: largest over forward and backward of all stages, and rms")

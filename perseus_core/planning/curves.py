@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from perseus_core.errors import InputError
 from perseus_core.planning.profile import Measurement
 
+# Times that differ by no more than this share are rounding errors of the same time.
+_SAME_TIME = 1e-12
+
 
 @dataclass(frozen=True)
 class TradeoffCurve:
@@ -77,7 +80,9 @@ def tradeoff_curve(measurements: Iterable[Measurement], blocking_power_w: float)
     least = float("inf")
     for m in points:
         cost = m.energy_j - blocking_power_w * m.time_s
-        if cost < least and (not useful or m.time_s > useful[-1].time_s):
+        if cost < least:
+            if useful and m.time_s <= useful[-1].time_s * (1 + _SAME_TIME):
+                useful.pop()
             useful.append(m)
             least = cost
     return TradeoffCurve(

@@ -18,6 +18,11 @@ from perseus_core.runtime.straggler import RankSpeed, SlowRank, SpeedWatch
 from perseus_core.runtime.verdict import PlanWatch, Verdict
 
 
+# Iterations without a plan of their own that come so often get one.
+_OFTEN = 10
+_MOST_COOL_PATIENCE = 1000
+
+
 class Phase(Enum):
     """What the job does."""
 
@@ -82,6 +87,7 @@ class Orders:
         distribute_bytes: bytes of a plan that rank 0 sends to all now.
         apply: number of the plan to run from now on.
         slow_rank: a GPU has become slower than its profile.
+        wanted_microbatches: iterations of so many microbatches come often and have no plan; 0 for none.
         verdict: of the plan that runs.
         aside: ranks because of which all stop.
         phase_changed: `phase` is a new one.
@@ -91,6 +97,7 @@ class Orders:
     distribute_bytes: int | None = None
     apply: int | None = None
     slow_rank: SlowRank | None = None
+    wanted_microbatches: int = 0
     verdict: Verdict | None = None
     aside: tuple[int, ...] = ()
     phase_changed: bool = False
@@ -142,6 +149,10 @@ class Coordination:
     _speeds: SpeedWatch = field(init=False)
     _watch: PlanWatch | None = None
     _corrections: int = 0
+    _others: dict[int, int] = field(default_factory=dict)
+    _cool_iterations: int = 0
+    _cool_patience: int = 10
+    _is_speed_corrected: bool = False
 
     def __post_init__(self) -> None:
         self._times = IterationStream(len(self.introductions))
@@ -159,6 +170,11 @@ class Coordination:
     def can_lock(self) -> bool:
         """Whether, at the start, every rank could set its clock."""
         return all(i.can_lock for i in self.introductions)
+
+    @property
+    def slow_ranks(self) -> tuple[int, ...]:
+        """Ranks that were last seen slower than their profile."""
+        return self._speeds.slow_ranks
 
     @property
     def is_settled(self) -> bool:
@@ -195,6 +211,8 @@ class Coordination:
         """A plan is in force from an iteration on."""
         self._watch = PlanWatch(plan, self.limits.watch_iterations, self.limits.tolerance, from_iteration + 1)
         self._speeds.forget()
+        self._others.clear()
+        self._cool_iterations = 0
 
     def step_back(self) -> None:
         """Plans did not keep their promise: clocks are left to the driver for good."""
@@ -225,13 +243,22 @@ class Coordination:
         time_s = max(
             b.span_s for b, introduction in zip(of_ranks, self.introductions, strict=True) if introduction.stage == 0
         )
+        self._cool_iterations = 0 if any(b.throttled for b in of_ranks) else self._cool_iterations + 1
         if self.phase is Phase.WARM_UP:
             self._note_baseline(iteration, num_microbatches, time_s)
         orders.slow_rank = orders.slow_rank or self._speeds.note(
             [RankSpeed(b.seen_s, b.expected_s, bool(b.throttled)) for b in of_ranks], iteration
         )
-        if self.phase is Phase.RUN and self._watch is not None and num_microbatches == self._watch.plan.num_microbatches:
-            orders.verdict = self._watch.note(iteration, time_s) or orders.verdict
+        if self.phase is Phase.RUN and self._watch is not None:
+            if num_microbatches == self._watch.plan.num_microbatches:
+                orders.verdict = self._watch.note(iteration, time_s) or orders.verdict
+            else:
+                self._count_other(num_microbatches, orders)
+
+    def _count_other(self, num_microbatches: int, orders: Orders) -> None:
+        count = self._others[num_microbatches] = self._others.get(num_microbatches, 0) + 1
+        if count == _OFTEN:
+            orders.wanted_microbatches = num_microbatches
 
     def _note_baseline(self, iteration: int, num_microbatches: int, time_s: float) -> None:
         if num_microbatches != self._baseline_microbatches:
@@ -294,7 +321,13 @@ class Coordination:
     def _react(self, orders: Orders) -> None:
         if self._speeds.has_changed:
             self._speeds.react()
+            self._is_speed_corrected = True
             self._start_collection(Reason.SPEED_CHANGED)
+        elif self._is_speed_corrected and self._cool_iterations >= self._cool_patience:
+            # A GPU that is asked for no more than heat allows does not show that it could do more again: try.
+            self._cool_patience = min(2 * self._cool_patience, _MOST_COOL_PATIENCE)
+            self._is_speed_corrected = False
+            self._start_collection(Reason.RECOVERED)
         elif orders.verdict is not None and orders.verdict.is_slow:
             if self.may_correct:
                 self._corrections += 1

@@ -50,9 +50,7 @@ def corrected(profile: Profile, seen: Sequence[SeenDuration]) -> Profile:
     return Profile(tuple(m for t in profile.types for m in _corrected_type(profile.of(t), slowest.get(t, {}))))
 
 
-def _corrected_type(
-    measurements: tuple[Measurement, ...], seen: Mapping[int, SeenDuration]
-) -> list[Measurement]:
+def _corrected_type(measurements: tuple[Measurement, ...], seen: Mapping[int, SeenDuration]) -> list[Measurement]:
     promised_s = {m.clock_mhz: m.time_s for m in measurements}
     factors = {clock: s.time_s / promised_s[clock] for clock, s in sorted(seen.items()) if clock in promised_s}
     if not factors:

@@ -15,9 +15,7 @@ class IterationStream:
         """Nothing told yet."""
         self._told: list[deque[tuple[int, Heartbeat]]] = [deque() for _ in range(num_ranks)]
 
-    def add(
-        self, iterations: Sequence[float], beats: Sequence[Heartbeat]
-    ) -> Iterator[tuple[int, Sequence[Heartbeat]]]:
+    def add(self, iterations: Sequence[float], beats: Sequence[Heartbeat]) -> Iterator[tuple[int, Sequence[Heartbeat]]]:
         """Takes in one heartbeat of each rank; yields the iterations that all ranks have now told of, in order.
 
         Args:

@@ -86,6 +86,10 @@ class Meter:
         """What the sweep could not do."""
         return () if self._sweep is None else self._sweep.notes
 
+    def no_measurements(self) -> StageMeasurements:
+        """What a rank sends that has not swept anew."""
+        return StageMeasurements(self._stage, ())
+
     def measurements(self) -> StageMeasurements:
         """What the sweep has found; nothing without one."""
         return StageMeasurements(self._stage, ()) if self._sweep is None else self._sweep.measurements()

@@ -62,6 +62,11 @@ class SpeedWatch:
         self._flagged: set[int] = set()
         self._patience = _REACTION_ITERATIONS
 
+    @property
+    def slow_ranks(self) -> tuple[int, ...]:
+        """Ranks that were last seen slower than expected."""
+        return tuple(sorted(self._flagged))
+
     def note(self, speeds: Sequence[RankSpeed], iteration: int) -> SlowRank | None:
         """Takes in one iteration; returns the slowest rank if it has not been called slow before."""
         # What is expected of a stage is the time of its slowest rank: others may always be faster.

@@ -25,7 +25,7 @@ def test_what_is_left_out_is_no_loss(points: list[tuple[float, float]], power_w:
     """Every clock left out has one on the curve that is no slower and costs no more effective energy."""
     curve = tradeoff_curve(measurements(points), power_w)
     for time_s, energy_j in points:
-        faster = np.asarray(curve.times_s) <= time_s
+        faster = np.asarray(curve.times_s) <= time_s * (1 + 1e-9)
         assert faster.any()
         assert curve.effective_energies_j[faster].min() <= energy_j - power_w * time_s
 
@@ -41,6 +41,12 @@ def test_hull_is_convex_and_below_every_clock(points: list[tuple[float, float]],
     assert curve.hull[-1] == len(times_s) - 1
     scale = np.abs(curve.effective_energies_j).max()
     assert (curve.effective_energy_j(times_s) <= curve.effective_energies_j + 1e-9 * scale).all()
+
+
+def test_times_that_differ_by_rounding_are_one() -> None:
+    """Of two clocks with the same time the cheaper one stays, even if its time is an ulp longer."""
+    curve = tradeoff_curve(measurements([(0.1, 20.0), (np.nextafter(0.1, 1), 15.0), (0.2, 14.0)]), 0.0)
+    assert curve.energies_j == (15.0, 14.0)
 
 
 def test_slower_than_the_slowest_costs_the_same() -> None:

@@ -25,7 +25,19 @@ _LIMIT_S = 600
 
 @dataclass(frozen=True)
 class PipelineRun:
-    """What to run: `num_iterations` limits the sweep's length."""
+    """What to run.
+
+    Attributes:
+        folder: of the simulated GPUs, one for each stage.
+        num_stages: processes.
+        num_microbatches: of one iteration.
+        settings: of the sweep.
+        clocks_mhz: of the sweep; its own choice by default.
+        num_iterations: limits its length.
+        outside_s: time from the last instruction of the pipeline to the end of an iteration.
+        sampling_period_s: of the energy counter.
+        times_of_gpu: spans are what the GPU did, as CUDA events tell; otherwise what the process saw, some time later.
+    """
 
     folder: Path
     num_stages: int
@@ -35,6 +47,7 @@ class PipelineRun:
     num_iterations: int = 200
     outside_s: float = 0.03
     sampling_period_s: float = 0.005
+    times_of_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,7 @@ def _run_stage(
                 device.lock_clock(asked_mhz)
                 held_mhz = asked_mhz
             begin_s = time.monotonic()
-            spans = tuple(_execute(emulator, i, before, after) for i in order)
+            spans = tuple(_execute(run, emulator, i, before, after) for i in order)
             barrier.wait(_LIMIT_S)
             time.sleep(run.outside_s)
             iteration = Iteration(number, begin_s, time.monotonic(), spans)
@@ -108,15 +121,21 @@ def _run_stage(
 
 
 def _execute(
-    emulator: simulated.WorkEmulator, instruction: Instruction, before: Connection | None, after: Connection | None
+    run: PipelineRun,
+    emulator: simulated.WorkEmulator,
+    instruction: Instruction,
+    before: Connection | None,
+    after: Connection | None,
 ) -> Span:
     is_forward = instruction.kind is Kind.FORWARD
     source, target = (before, after) if is_forward else (after, before)
     if source is not None:
         source.recv()
     begin_s = time.monotonic()
-    emulator.work(instruction.kind)
+    executed = emulator.work(instruction.kind)
     end_s = time.monotonic()
+    if run.times_of_gpu:
+        begin_s, end_s = executed.start_s, executed.end_s
     if target is not None:
         target.send(None)
     return Span(ChunkKind(instruction.chunk, instruction.kind), begin_s, end_s)

@@ -91,7 +91,9 @@ def test_a_counter_that_falls_costs_one_interval() -> None:
     iterations = [stage_in_1f1b()] * 3
     readings = read_counter(iterations)
     middle = len(readings) // 2
-    fallen = readings[:middle] + [replace(r, energy_j=r.energy_j - readings[middle].energy_j) for r in readings[middle:]]
+    fallen = readings[:middle] + [
+        replace(r, energy_j=r.energy_j - readings[middle].energy_j) for r in readings[middle:]
+    ]
     whole, after_reset = (solve_powers(lay_out(iterations), r) for r in (readings, fallen))
     assert whole is not None
     assert after_reset is not None

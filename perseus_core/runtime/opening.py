@@ -1,0 +1,133 @@
+"""How an adapter gets a session: whatever is missing, training goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from perseus_core.errors import PerseusError
+from perseus_core.gpu.device import Device
+from perseus_core.gpu.discovery import visible_devices
+from perseus_core.gpu.errors import GpuError
+from perseus_core.runtime.background import Background, within
+from perseus_core.runtime.desk import PlanningDesk
+from perseus_core.runtime.events import EventSource, HostEvents
+from perseus_core.runtime.exchange import Exchange, LocalExchange, TorchExchange
+from perseus_core.runtime.job import Job
+from perseus_core.runtime.log import Announcer, Metric, logger, show_log
+from perseus_core.runtime.office import PlanningOffice
+from perseus_core.runtime.profile_cache import ProfileCache
+from perseus_core.runtime.session import Session
+from perseus_core.runtime.settings import Settings
+from perseus_core.runtime.state_file import load_state
+
+# A driver that does not answer within this time has hung.
+_DRIVER_PATIENCE_S = 20.0
+
+
+def open_session(
+    settings: Settings,
+    job: Job,
+    *,
+    device: Device | None = None,
+    local_rank: int | None = None,
+    events: EventSource | None = None,
+    exchange: Exchange | None = None,
+    metric: Metric | None = None,
+) -> Session | None:
+    """Opens this rank's session. All ranks of the job call it at the same place, after `torch.distributed` is there.
+
+    Args:
+        settings: what the user wants.
+        job: this rank's place in the job.
+        device: its GPU; by default the one that `local_rank` names among the visible ones.
+        local_rank: by default the environment's LOCAL_RANK, else the rank.
+        events: marks on its compute stream; by default the host's time.
+        exchange: by default over `torch.distributed`, or none for a job of one rank.
+        metric: called on rank 0 with what is measured.
+
+    Returns:
+        The session, or None if there is nothing to do or no way to do it; one log line has said which.
+    """
+    if not settings.enabled:
+        return None
+    show_log()
+    try:
+        if exchange is None:
+            exchange = LocalExchange() if job.world_size == 1 else TorchExchange()
+        clocks_mhz: tuple[int, ...] = ()
+        why_not = ""
+        try:
+            device, clocks_mhz = within(
+                _DRIVER_PATIENCE_S,
+                lambda: _ready(device, _local_rank(local_rank, job)),
+                otherwise=lambda: GpuError(f"the GPU driver has not answered for {_DRIVER_PATIENCE_S:g} s"),
+            )
+        except PerseusError as error:
+            device, why_not = None, str(error)
+        background = Background()
+        office = _office(settings, job, clocks_mhz, background) if job.rank == 0 else None
+        return Session(
+            settings,
+            job,
+            device,
+            events or HostEvents(),
+            exchange,
+            announcer=Announcer(speaks=job.rank == 0, metric=metric),
+            office=office,
+            background=background,
+            why_not=why_not,
+        )
+    except Exception as error:
+        logger.warning("rank %d: %s: %s; training goes on without perseus", job.rank, type(error).__name__, error)
+        logger.debug("details", exc_info=error)
+        return None
+
+
+def cache_folder(settings: Settings) -> Path | None:
+    """Where profiles are kept, or None."""
+    if settings.profile_cache in ("off", ""):
+        return None
+    if settings.profile_cache != "auto":
+        return Path(settings.profile_cache)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "perseus"
+
+
+def _office(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], background: Background) -> PlanningOffice:
+    folder = cache_folder(settings)
+    cache = None if folder is None else ProfileCache(folder)
+    restored = load_state(settings.state_file, job.key) if settings.state_file else None
+    desk = PlanningDesk(
+        job.schedule,
+        clocks_mhz,
+        settings.pick,
+        straggler_slowdown=settings.straggler_slowdown,
+        frontier_file=settings.frontier_file,
+    )
+    return PlanningOffice(
+        job,
+        desk,
+        background,
+        cache=cache,
+        state_file=settings.state_file,
+        known_profile=None if cache is None or settings.measure_only else cache.load(job.key),
+        restored=None if settings.measure_only else restored,
+    )
+
+
+def _ready(device: Device | None, local_rank: int) -> tuple[Device, tuple[int, ...]]:
+    """The GPU, asked once for everything that is asked of it later, so that nothing waits for the driver then."""
+    if device is None:
+        devices = visible_devices()
+        if local_rank >= len(devices):
+            raise GpuError(f"local rank {local_rank} has no GPU, {len(devices)} are visible; give each rank its own")
+        device = devices[local_rank]
+    device.total_energy_j()
+    return device, device.supported_clocks_mhz()
+
+
+def _local_rank(local_rank: int | None, job: Job) -> int:
+    if local_rank is not None:
+        return local_rank
+    return int(os.environ.get("LOCAL_RANK", job.rank))
