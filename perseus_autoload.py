@@ -16,7 +16,6 @@ DISABLING_VARIABLE = "PERSEUS_DISABLE"
 _AWAITED = {
     "deepspeed.runtime.pipe.engine": "perseus_ds.activation",
     "megatron.training.arguments": "perseus_megatron.activation",
-    "megatron.core.pipeline_parallel.schedules": "perseus_megatron.activation",
 }
 
 

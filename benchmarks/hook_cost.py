@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.common import print_table
 from perseus_core.gpu import simulated
 from perseus_core.runtime.controller import ClockController, PlannedClock
 from perseus_core.runtime.events import HostEvents
@@ -46,17 +47,15 @@ def main() -> None:
         for _ in range(arguments.iterations):
             for name, follower in (("without controller", None), ("with controller", controller)):
                 results.setdefault(name, []).append(_iteration(follower, plan, work))
-        print(f"{controller.num_lock_calls} lock calls, failure: {controller.failure}")
+        print(f"{controller.num_lock_calls} clock changes meanwhile; failure: {controller.failure}\n")
         controller.stop()
+    rows = []
     for name, iterations in results.items():
         boundaries_us = sorted(1e6 * seconds for hooks, _ in iterations for seconds in hooks)
         between_ms = statistics.median(1e3 * seconds for _, seconds in iterations)
-        print(
-            f"{name:19}: median {statistics.median(boundaries_us):6.2f} us a boundary, "
-            f"90 % {boundaries_us[len(boundaries_us) * 9 // 10]:6.2f} us, "
-            f"99 % {boundaries_us[len(boundaries_us) * 99 // 100]:7.2f} us; "
-            f"the {NUM_INSTRUCTIONS} instructions between {between_ms:7.2f} ms"
-        )
+        high = [boundaries_us[len(boundaries_us) * percent // 100] for percent in (50, 90, 99)]
+        rows.append([name, *(f"{us:.2f}" for us in high), f"{between_ms:.1f}"])
+    print_table(["", "median us a boundary", "90 %", "99 %", "ms of computing between"], rows)
 
 
 def _iteration(controller: ClockController | None, plan, work) -> tuple[list[float], float]:

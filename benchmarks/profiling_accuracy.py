@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from perseus_core.gpu import simulated
-from perseus_core.gpu.simulated import Description, Noise, SimulatedNode
+from perseus_core.gpu.simulated import Description, Noise, SimulatedNode, faults
 from perseus_core.runtime.profiler import SweepSettings
 from perseus_core.runtime.stage_measurements import ClockMeasurements, merge
 from tests.runtime.emulated_pipeline import PipelineRun, profile_pipeline
@@ -47,6 +47,7 @@ def main() -> None:
     arguments.add_argument("--num-clocks", type=int, default=SweepSettings.num_clocks)
     arguments.add_argument("--min-iterations", type=int, default=SweepSettings.min_iterations)
     arguments.add_argument("--max-iterations", type=int, default=SweepSettings.max_iterations)
+    arguments.add_argument("--without-counter", action="store_true", help="the GPUs do not count their energy")
     options = arguments.parse_args()
     description = dataclasses.replace(
         Description.load(options.description),
@@ -59,6 +60,9 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         node = simulated.create_node(description, folder)
+        if options.without_counter:
+            for gpu in node.gpus:
+                faults.remove_support(gpu, "nvmlDeviceGetTotalEnergyConsumption")
         begin_s = time.monotonic()
         results = profile_pipeline(PipelineRun(Path(folder), description.num_gpus, options.microbatches, settings))
         took_s = time.monotonic() - begin_s

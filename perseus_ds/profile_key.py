@@ -33,12 +33,12 @@ _SECTIONS = (
 )
 
 
-def profile_key(engine: Any, device: Device, schedule: Schedule, input_shapes: str) -> ProfileKey:
+def profile_key(engine: Any, device: Device | None, schedule: Schedule, input_shapes: str) -> ProfileKey:
     """The key of an engine's profile.
 
     Args:
         engine: the pipeline engine.
-        device: this rank's GPU.
+        device: this rank's GPU, where it is known.
         schedule: of one training batch.
         input_shapes: of a microbatch, as this rank saw it.
     """
@@ -52,7 +52,7 @@ def profile_key(engine: Any, device: Device, schedule: Schedule, input_shapes: s
         tensor_parallel=engine.grid.model_parallel_size,
         data_parallel=engine.grid.data_parallel_size,
         microbatch_size=engine.train_micro_batch_size_per_gpu(),
-        gpu_name=device.name,
+        gpu_name="" if device is None else device.name,
         power_limit_w=_power_limit_w(device),
         details=(
             ("input shapes", input_shapes),
@@ -95,8 +95,8 @@ def _layer(spec: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # addresses differ from run to run
 
 
-def _power_limit_w(device: Device) -> float:
+def _power_limit_w(device: Device | None) -> float:
     try:
-        return device.power_limit_w()
+        return 0.0 if device is None else device.power_limit_w()
     except GpuError:
         return 0.0

@@ -7,8 +7,16 @@ from typing import Any
 
 import deepspeed
 
-from perseus_core.runtime.adapter import Follower, Hooks, step_aside, step_aside_unless_expected, is_first_rank
+from perseus_core.runtime.adapter import (
+    Follower,
+    Hooks,
+    has_gpus_for,
+    is_first_rank,
+    step_aside,
+    step_aside_unless_expected,
+)
 from perseus_core.runtime.settings import Settings
+from perseus_ds.checkpoint import CheckpointedState
 from perseus_ds.engine_hooks import hook_engine
 from perseus_ds.internals import differences
 from perseus_ds.session_opening import open_engine_session
@@ -38,9 +46,14 @@ def _follow(engine: Any, settings: Settings) -> None:
                 "the first stays it; this one is left alone"
             )
         return
+    if not has_gpus_for(engine.device):
+        return
     hooks = Hooks()
-    follower = Follower(lambda pipe_schedule: open_engine_session(engine, settings, pipe_schedule), hooks)
+    state = CheckpointedState(settings)
+    follower = Follower(lambda pipe_schedule: open_engine_session(engine, state.settings, pipe_schedule), hooks)
     hook_engine(engine, follower, hooks)
+    state.hook_engine(engine, hooks)
+    hooks.put(engine, "perseus", follower)
     _current = weakref.ref(follower)
 
 

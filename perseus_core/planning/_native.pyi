@@ -23,7 +23,8 @@ def trace_frontier(
     progress: Callable[[int], object] | None,
     /,
 ) -> tuple[bytes, bytes, bytes, bytes, bytes, bytes]: ...
-def reclaim_slack(
+def improve_plan(
+    order: NDArray[Any],
     first_predecessor: NDArray[Any],
     predecessor: NDArray[Any],
     predecessor_latency: NDArray[Any],
@@ -35,9 +36,9 @@ def reclaim_slack(
     time: NDArray[Any],
     cost: NDArray[Any],
     point: NDArray[Any],
-    start: NDArray[Any],
-    tail: NDArray[Any],
     limit: float,
+    window: int,
+    trials_per_window: int,
     /,
 ) -> bytes: ...
 def solve_at_time(

@@ -1,11 +1,12 @@
 """A problem in the solvers' terms: a network of moments, in whole numbers.
 
-Instruction i runs from node 2i to node 2i + 1; a source comes before and a sink after all. Times become ticks, a power
-of two of which is about 2**50 in the longest iteration, rounded up so that real durations keep what is promised; marginal
-powers become units of flow, a power of two so small that the steepest slopes of all instructions together stay below
-2**60. So no sum overflows 64 bits, whatever the unit of energy. Times are resolved to 1e-15 of the iteration, slopes to
-1e-18 of that sum of steepest slopes: in an iteration of 100,000 instructions whose slopes span a range of 1e9, the
-flattest still keep 4 digits.
+Instruction i runs from node 2i to node 2i + 1; a source comes before and a sink after all.
+
+Times become ticks, a power of two of which is about 2**50 in the longest iteration, rounded up so that real durations
+keep what is promised. Marginal powers become units of flow, a power of two so small that the steepest slopes of all
+instructions together stay below 2**60. So no sum overflows 64 bits, whatever the unit of energy. Times are resolved to
+1e-15 of the iteration, slopes to 1e-18 of that sum of steepest slopes: in an iteration of 100,000 instructions whose
+slopes span a range of 1e9, the flattest still keep 4 digits.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Scale(NamedTuple):
         """The finest scale with which nothing overflows."""
         slowest_time_s = problem.dag.iteration_time_s(problem.slowest_s)
         steepest_w = np.array([max(_slopes_w(curve), default=0.0) for curve in problem.curves])
-        total_w = float(steepest_w[problem.curve_of].sum()) or 1.0
+        uses = np.maximum(1, np.bincount(problem.curve_of, minlength=len(problem.curves)))
+        total_w = float(steepest_w @ uses) or 1.0
         return cls(
             float(2.0 ** (_TIME_BITS - np.ceil(np.log2(slowest_time_s)))),
             float(2.0 ** (_FLOW_BITS - np.ceil(np.log2(max(total_w, problem.blocking_power_w))))),

@@ -57,11 +57,20 @@ class Start:
         scale: the scale of the problem that it comes from, to be kept.
         lengths: int64 of shape (N,), ticks of every instruction.
         flow: int64 of shape (A,), flow of every arc.
+        epsilon: ticks by which most instructions may differ from the best lengths; a few may more.
     """
 
     scale: Scale
     lengths: NDArray[np.int64]
     flow: NDArray[np.int64]
+    epsilon: int
+
+    @classmethod
+    def cold(cls, problem: Problem, scale: Scale | None = None) -> Start:
+        """Everything at its fastest, no flow."""
+        network = Network.of(problem, scale)
+        widest = int((network.slowest - network.fastest).max())
+        return cls(network.scale, network.fastest, np.zeros(len(network.tail), np.int64), max(1, widest // 8))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +83,7 @@ class Point(Generic[AnyProblem]):
         durations_s: float64 of shape (N,), with which the iteration takes no longer than this.
         energy_j: energy of the iteration with these durations.
         bound_j: proved: no durations need less energy in this time.
-        end: moments' lengths and flow at the end, a start for a similar problem.
+        end: the answer as a start, for the same problem or one made from it.
     """
 
     problem: AnyProblem
@@ -186,7 +195,8 @@ def solve_at(
     Raises:
         InputError: if the iteration cannot be that fast.
     """
-    network = Network.of(problem, start.scale if start else None)
+    start = start or Start.cold(problem)
+    network = Network.of(problem, start.scale)
     ticks_per_s, flow_per_w = network.scale
     shortest = network.earliest_moments(network.fastest)[-1]
     shortest_s = float(shortest / ticks_per_s) + problem.outside_time_s
@@ -194,8 +204,6 @@ def solve_at(
     if not time_s >= shortest_s * (1 - 1e-9):
         raise InputError(f"iteration time {time_s} s cannot be reached; the fastest is {shortest_s:.6g} s")
     most = max(shortest, network.ticks(time_s - problem.outside_time_s))
-    if start is None:
-        start = Start(network.scale, network.fastest, np.zeros(len(network.tail), np.int64))
 
     # The solver wants arcs sorted by the topological place of their tail, then the arc that closes the circle.
     n = problem.dag.num_instructions
@@ -205,12 +213,10 @@ def solve_at(
     place[[network.source, network.sink]] = -1, 2 * n
     order = np.argsort(place[network.tail], kind="stable")
     value = start.flow[network.head == network.sink].sum()
-    spread = (network.slowest - network.fastest).max()
     energy_j = float(problem.iteration_energy_j(problem.effective_energy_j(problem.slowest_s), time_s))
-    first_epsilon = max(1, int(spread) // 8)
     report = None
     if progress is not None:
-        report = lambda epsilon: progress(1 - float(np.log(epsilon) / np.log(first_epsilon + 1)))  # noqa: E731
+        report = lambda epsilon: progress(1 - float(np.log(epsilon) / np.log(start.epsilon + 1)))  # noqa: E731
     answer = _native.solve_at_time(
         np.append(network.tail[order], np.int32(network.sink)),
         np.append(network.head[order], np.int32(network.source)),
@@ -221,7 +227,7 @@ def solve_at(
         network.earliest_moments(start.lengths),
         np.append(start.flow[order], value),
         network.source,
-        first_epsilon,
+        start.epsilon,
         gap * abs(energy_j) * ticks_per_s * flow_per_w,
         report,
     )
@@ -231,4 +237,4 @@ def solve_at(
     durations_s = lengths / ticks_per_s
     energy_j = float(problem.iteration_energy_j(problem.effective_energy_j(durations_s), time_s))
     bound_j = energy_j - answer[2] / ticks_per_s / flow_per_w
-    return Point(problem, time_s, durations_s, energy_j, bound_j, Start(network.scale, lengths, flow))
+    return Point(problem, time_s, durations_s, energy_j, bound_j, Start(network.scale, lengths, flow, epsilon=1))

@@ -120,7 +120,7 @@ def _targets_s(frontier: Frontier[PipelineProblem], baseline_time_s: float, num_
 
 def _plan_timeline(frontier: Frontier[PipelineProblem], rounder: Rounder, target_s: float) -> Timeline:
     problem = frontier.problem
-    choice = rounder.choose(frontier, target_s, num_candidates=8)
+    choice = rounder.choose(frontier, target_s, effort=0)
     clocks_mhz = np.empty(len(choice), np.int64)
     for i, curve in enumerate(problem.curves):
         members = problem.curve_of == i

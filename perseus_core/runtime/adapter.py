@@ -72,7 +72,7 @@ class Follower:
         session: from the second training iteration on.
     """
 
-    def __init__(self, open_session: Callable[..., FollowedSession], hooks: Hooks) -> None:
+    def __init__(self, open_session: Callable[..., FollowedSession | None], hooks: Hooks) -> None:
         """Opens nothing yet.
 
         Args:
@@ -101,6 +101,9 @@ class Follower:
                 if not training or self._is_first_training():
                     return
                 self.session = self._open_session(*opening)
+                if self.session is None:  # it has said why
+                    self.finish()
+                    return
             self.session.begin_iteration(num_microbatches, training=training)
             self._in_iteration = True
         except Exception as error:
@@ -194,37 +197,48 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def device_of_rank(torch_device: torch.device, local_rank: int) -> Device:
-    """The GPU that a rank computes on.
+def has_gpus_for(torch_device: torch.device) -> bool:
+    """Whether training on this device can be on GPUs that we know, real or simulated; says so where it cannot."""
+    possible = torch_device.type == "cuda" or SIMULATED_GPUS in os.environ
+    if not possible and is_first_rank():
+        step_aside(
+            f"training runs on {torch_device.type}, not on an NVIDIA GPU (`perseus simulate` gives a job on the CPU "
+            "simulated GPUs)"
+        )
+    return possible
 
-    A rank that computes on the CPU has the simulated GPU with the number of its local rank, where there are any.
 
-    Raises:
-        GpuError: if there is no driver, or no such GPU.
-        InputError: if it cannot be said for certain which GPU it is.
+def device_of_rank(torch_device: torch.device, local_rank: int) -> Device | None:
+    """The GPU that a rank computes on; None where it is not to be had: `open_session` then finds out and says why.
+
+    A rank that computes on the CPU has the simulated GPU with the number of its local rank.
     """
+    from perseus_core.errors import PerseusError
     from perseus_core.gpu.discovery import device_by_uuid, visible_devices
+
+    try:
+        if torch_device.type == "cuda":
+            import torch
+
+            uuid = getattr(torch.cuda.get_device_properties(torch_device), "uuid", None)  # torch 2.4 and newer
+            if uuid is not None:
+                return device_by_uuid(str(uuid))
+        devices = visible_devices()
+        return devices[local_rank] if local_rank < len(devices) else None
+    except PerseusError:
+        return None
+
+
+def name_and_power_limit_w(device: Device | None) -> tuple[str, float]:
+    """What a profile's key says of a rank's GPU: empty and 0 where it is not known."""
     from perseus_core.gpu.errors import GpuError
 
-    if torch_device.type == "cuda":
-        import torch
-
-        uuid = getattr(torch.cuda.get_device_properties(torch_device), "uuid", None)
-        if uuid is not None:
-            return device_by_uuid(str(uuid))
-        index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
-        return visible_devices()[index]
-    if SIMULATED_GPUS not in os.environ:
-        raise GpuError(
-            f"training runs on {torch_device.type}, not on an NVIDIA GPU; `perseus simulate` gives a job on the CPU "
-            "simulated GPUs"
-        )
-    devices = visible_devices()
-    if local_rank >= len(devices):
-        raise GpuError(
-            f"local rank {local_rank} has no simulated GPU, there are {len(devices)}; describe more (num_gpus)"
-        )
-    return devices[local_rank]
+    if device is None:
+        return "", 0.0
+    try:
+        return device.name, device.power_limit_w()
+    except GpuError:
+        return device.name, 0.0
 
 
 def events_of(torch_device: torch.device) -> EventSource:

@@ -31,24 +31,24 @@ class SessionStatus:
         iteration_time_s, energy_j: measured under it; 0 while not known.
         iterations_under_plan: measured iterations under any plan.
         profiling_iterations: how many iterations profiling took.
-        throttled_ranks: ranks that were last seen slower than their profile.
+        slow_ranks: ranks that were last seen slower than their profile.
     """
 
     phase: Phase
-    iterations: int
-    progress: str
-    baseline_time_s: float
-    baseline_energy_j: float
-    plan: int
-    promised_saving: float
-    promised_slowdown: float
-    gap: float
-    solve_s: float
-    iteration_time_s: float
-    energy_j: float
-    iterations_under_plan: int
-    profiling_iterations: int
-    slow_ranks: tuple[int, ...]
+    iterations: int = 0
+    progress: str = ""
+    baseline_time_s: float = 0.0
+    baseline_energy_j: float = 0.0
+    plan: int = 0
+    promised_saving: float = 0.0
+    promised_slowdown: float = 0.0
+    gap: float = 0.0
+    solve_s: float = 0.0
+    iteration_time_s: float = 0.0
+    energy_j: float = 0.0
+    iterations_under_plan: int = 0
+    profiling_iterations: int = 0
+    slow_ranks: tuple[int, ...] = ()
 
     @property
     def saving(self) -> float:
@@ -82,7 +82,7 @@ class Chronicle:
         coordination = self._coordination
         baseline = coordination.baseline
         if orders.phase_changed and baseline is not None:
-            if coordination.phase in (Phase.PROFILE, Phase.COLLECT) and coordination.collection <= 1 and not plan:
+            if coordination.phase is Phase.PROFILE or (coordination.collection == 1 and not self._sweep_iterations):
                 say("baseline: %.4g s an iteration%s", baseline.time_s, self._in_joules(baseline.energy_j))
             elif coordination.phase is Phase.MEASURE_ONLY and self._settings.measure_only:
                 say("measuring only: %.4g s an iteration%s", baseline.time_s, self._in_joules(baseline.energy_j))
@@ -157,8 +157,8 @@ class Chronicle:
         self._num_verdicts_told = 0
         self._verdict_iterations = []
         self._announcer.say(
-            "plan%s applied from iteration %d: %.1f %% less energy, %+.1f %% time promised, within %.2f %% of the bound "
-            "(solved in %.2g s)",
+            "plan%s applied from iteration %d: %.1f %% less energy, %+.1f %% time promised, within %.2f %% of the "
+            "bound (solved in %.2g s)",
             "" if plan.num_microbatches == self._usual else f" for {plan.num_microbatches} microbatches",
             iteration,
             100 * plan.saving,
@@ -196,7 +196,7 @@ class Chronicle:
         energy_j = self._coordination.iteration_energy_j(self._verdict_iterations)
         if plan is not None and baseline is not None and baseline.energy_j and energy_j:
             self._announcer.say(
-                "under the plan an iteration took %.1f %% less energy and %+.2f %% time (promised %.1f %% and %+.2f %%)",
+                "under the plan: %.1f %% less energy and %+.2f %% time an iteration (promised %.1f %% and %+.2f %%)",
                 100 * (1 - energy_j / baseline.energy_j),
                 100 * (self._time_s / baseline.time_s - 1),
                 100 * plan.saving,

@@ -32,7 +32,7 @@ __all__ = ["ClockController", "ClockControllerFailed", "PlannedClock"]
 # for each one would cost the training thread some 10 us), or because a change is due before it. Events carry their
 # times, so one that is seen late is not acted upon late, as long as it lies more than a latency before the next change.
 _LOOK_EVERY_S = 0.005
-_LOOK_EVERY_S_IDLE = 1.0
+_LOOK_EVERY_S_IDLE = 0.1
 _STOP_PATIENCE_S = 0.5
 
 
@@ -73,7 +73,8 @@ class ClockController:
 
     From `begin_iteration` to `hold`, everything is a message to the controller's thread: it costs a few microseconds,
     raises nothing, and is acted upon when the GPU has reached what was recorded before. After a failure all of them do
-    nothing.
+    nothing. Each is a sign of life too: report instructions also while one clock is held, or the watchdog takes the
+    silence for a hang and gives the clock back.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class ClockController:
         finally:
             self._clock.release(_STOP_PATIENCE_S)
             self._in_force_mhz = None
+            self._messages.clear()
 
     def _give_up(self, error: GpuError) -> None:
         """Keeps the first error and ends the following. From this thread, or from the guard's."""
@@ -214,6 +216,10 @@ class ClockController:
                 return True
             message = self._messages.popleft()
             self._clock.beat(time.monotonic())
+            if self._clock.times_given_back != self._times_given_back:
+                # We were stopped or hung. Only now does training go on, and only now may the clock be locked again.
+                self._times_given_back = self._clock.times_given_back
+                self._in_force_mhz = None
             match message:
                 case _InstructionBegins(event):
                     self._lookahead.begin_instruction(event.time_s())
@@ -230,9 +236,6 @@ class ClockController:
     def _set_wanted_clock(self) -> None:
         if self._lookahead.is_idle:
             return
-        if self._clock.times_given_back != self._times_given_back:
-            self._times_given_back = self._clock.times_given_back
-            self._in_force_mhz = None
         wanted_mhz = self._lookahead.wanted_mhz(time.monotonic(), self._latency.seconds)
         if wanted_mhz == self._in_force_mhz:
             return

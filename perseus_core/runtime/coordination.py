@@ -246,9 +246,9 @@ class Coordination:
         self._cool_iterations = 0 if any(b.throttled for b in of_ranks) else self._cool_iterations + 1
         if self.phase is Phase.WARM_UP:
             self._note_baseline(iteration, num_microbatches, time_s)
-        orders.slow_rank = orders.slow_rank or self._speeds.note(
-            [RankSpeed(b.seen_s, b.expected_s, bool(b.throttled)) for b in of_ranks], iteration
-        )
+        if self._watch is None or iteration >= self._watch.from_iteration:
+            speeds = [RankSpeed(b.seen_s, b.expected_s, bool(b.throttled)) for b in of_ranks]
+            orders.slow_rank = orders.slow_rank or self._speeds.note(speeds, iteration)
         if self.phase is Phase.RUN and self._watch is not None:
             if num_microbatches == self._watch.plan.num_microbatches:
                 orders.verdict = self._watch.note(iteration, time_s) or orders.verdict

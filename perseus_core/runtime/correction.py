@@ -23,19 +23,22 @@ class SeenDuration:
         clock_mhz: the clock that was planned.
         time_s: mean duration.
         executions: how many.
+        held_down: whether power or heat held the GPU's clock down meanwhile.
     """
 
     type: InstructionType
     clock_mhz: int
     time_s: float
     executions: int
+    held_down: bool = False
 
 
 def corrected(profile: Profile, seen: Sequence[SeenDuration]) -> Profile:
     """The profile with each type's times multiplied by seen over promised, interpolated between the clocks that ran.
 
-    Beyond the highest and lowest clock that ran the factor stays the same. Energies follow their times along the old
-    curve: a GPU that is held at a lower clock takes the time and the energy of that clock.
+    Beyond the highest and lowest clock that ran the factor stays the same. A GPU that is held down is another matter: no
+    clock is faster than the one it is held at, and those below are as they were. Energies follow their times along the
+    old curve: a GPU that is held at a lower clock takes the time and the energy of that clock.
 
     Args:
         profile: as it was believed.
@@ -60,6 +63,9 @@ def _corrected_type(measurements: tuple[Measurement, ...], seen: Mapping[int, Se
     times_s = np.array([m.time_s for m in measurements])
     energies_j = np.array([m.energy_j for m in measurements])
     new_times_s = times_s * factor
+    fastest = seen[max(factors)]
+    if fastest.held_down:
+        new_times_s = np.maximum(times_s, fastest.time_s)
     # Times rise from the highest clock down.
     new_energies_j = np.interp(new_times_s, np.maximum.accumulate(times_s), energies_j)
     beyond = new_times_s > times_s.max()

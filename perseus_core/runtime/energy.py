@@ -150,7 +150,10 @@ def solve_powers(iterations: Sequence[Iteration], readings: Sequence[CounterRead
     inside = seconds.sum(axis=1) > lengths_s - 1e-6
     if not seconds[inside, : len(types)].any():
         return None
-    powers_w, errors_w = _solve(seconds[inside], energies_j[inside], num_instructions=len(types))
+    timing_s = np.array([math.hypot(b.uncertainty_s, e.uncertainty_s) for b, e in zip(begins, ends, strict=True)])
+    powers_w, errors_w = _solve(
+        seconds[inside], energies_j[inside], timing_s[inside] / math.sqrt(12), num_instructions=len(types)
+    )
     estimates = [
         PowerEstimate(float(power), float(error), float(observed))
         for power, error, observed in zip(powers_w, errors_w, seconds[inside].sum(axis=0), strict=True)
@@ -238,10 +241,20 @@ def _intervals(readings: Sequence[CounterReading]) -> tuple[list[CounterReading]
     return begins, ends
 
 
-def _solve(seconds: Array, energies_j: Array, num_instructions: int) -> tuple[Array, Array]:
-    """Least squares with the prior; returns powers and their standard errors, one for each column of `seconds`.
+def _solve(seconds: Array, energies_j: Array, timing_s: Array, num_instructions: int) -> tuple[Array, Array]:
+    """Weighted least squares with the prior.
 
-    The variance of an interval's energy is taken proportional to its length, plus what outside adds to it.
+    The variance of an interval's energy has three parts: one proportional to its length, which is found from the
+    residuals; that of what is outside; and that of the moments at which it begins and ends.
+
+    Args:
+        seconds: of each activity in each interval, shape (intervals, activities): instructions, waiting, outside.
+        energies_j: of each interval.
+        timing_s: standard deviation of each interval's length.
+        num_instructions: how many of the activities are instructions.
+
+    Returns:
+        Powers and their standard errors, of shape (activities,).
     """
     lengths_s = seconds.sum(axis=1)
     relative_lengths = lengths_s / lengths_s.mean()
@@ -250,9 +263,9 @@ def _solve(seconds: Array, energies_j: Array, num_instructions: int) -> tuple[Ar
     mean_power_w = float(energies_j.sum() / lengths_s.sum())
     prior_scatter_j = _PRIOR_SCATTER * float(np.median(energies_j / np.sqrt(relative_lengths)))
     scatter_j = prior_scatter_j
-    for _ in range(3):  # weights and prior depend on the solution, which hardly changes after the first time
-        outside_j = _OUTSIDE_SCATTER * mean_power_w * seconds[:, -1]
-        root = np.sqrt(relative_lengths + (outside_j / scatter_j) ** 2)
+    for _ in range(5):  # weights and prior depend on the solution, which soon hardly changes
+        known_variance = mean_power_w**2 * ((_OUTSIDE_SCATTER * seconds[:, -1]) ** 2 + timing_s**2)
+        root = np.sqrt(relative_lengths + known_variance / scatter_j**2)
         matrix, target = seconds / root[:, None], energies_j / root
         prior, prior_target = _prior_rows(shares, mean_power_w)
         stacked = np.vstack([matrix, prior * scatter_j])

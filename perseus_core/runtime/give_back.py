@@ -35,7 +35,7 @@ from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError, NoPermission, NotSupported
 from perseus_core.runtime.clock_owner import ClockClaim, claim_clock
 from perseus_core.runtime.pulse import Pulse
-from perseus_core.runtime.watchdog import process_start_ticks
+from perseus_core.runtime.watchdog import ProcessState, process_start_ticks, process_state
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ class GuardedClock:
     @property
     def is_guarded(self) -> bool:
         """Whether the clock is ours and the watchdog is there."""
-        return self._is_guarded.is_set() and self.failure is None
+        return self._is_guarded.is_set() and not self._leaving.is_set()
 
     def acquire(self) -> None:
         """Claims the clock and starts the watchdog, in a thread of its own; returns at once."""
@@ -127,6 +127,7 @@ class GuardedClock:
             GpuError: if it cannot be set.
         """
         self._is_guarded.wait()
+        self.beat(time.monotonic())  # from here on the watchdog waits once more for the limit
         was_clean = not self._pulse.may_be_locked
         self._pulse.may_be_locked = True
         try:
@@ -246,8 +247,8 @@ class GuardedClock:
             )
 
     def _check_watchdog(self) -> None:
-        is_there = Path(f"/proc/{self._pulse.watchdog_pid}").exists()
-        if not is_there or time.monotonic() - self._pulse.watchdog_beat_s > _WATCHDOG_SILENCE_LIMIT_S:
+        is_gone = process_state(self._pulse.watchdog_pid) is ProcessState.GONE
+        if is_gone or time.monotonic() - self._pulse.watchdog_beat_s > _WATCHDOG_SILENCE_LIMIT_S:
             self._start_watchdog()
 
     def _start_watchdog(self) -> None:
@@ -259,6 +260,7 @@ class GuardedClock:
             )
         start_s = time.monotonic()
         assert self._claim is not None, "the clock is claimed before it is guarded"
+        self._pulse.watchdog_pid = 0
         try:
             launcher = _launch_watchdog(self._device.uuid, self._pulse, self._claim, self._hang_limit_s)
             status = launcher.wait(_WATCHDOG_START_LIMIT_S)
@@ -266,12 +268,13 @@ class GuardedClock:
             raise WatchdogFailed(
                 f"the watchdog of {self._device.uuid} cannot be started ({error}); without it no clock is locked"
             ) from None
-        while status == 0 and self._pulse.watchdog_beat_s < start_s:
+        while self._pulse.watchdog_beat_s < start_s:
             if self._leaving.wait(0.02):
                 return
-            if time.monotonic() - start_s > _WATCHDOG_START_LIMIT_S:
-                status = 1
-        if status != 0:
+            pid = self._pulse.watchdog_pid
+            has_ended = status != 0 or (pid and process_state(pid) is ProcessState.GONE)
+            if not has_ended and time.monotonic() - start_s < _WATCHDOG_START_LIMIT_S:
+                continue
             raise WatchdogFailed(
                 f"the watchdog of {self._device.uuid} does not start; without it no clock is locked; try "
                 "`python -m perseus_core.runtime.watchdog --help`"

@@ -1,4 +1,4 @@
-"""What one rank measures of itself: times from events, energy from the GPU's counter, the sweep, durations under a plan."""
+"""What one rank measures of itself: times from events, energy from the counter, the sweep, durations under a plan."""
 
 from __future__ import annotations
 
@@ -99,12 +99,14 @@ class Meter:
     def seen(self, num_iterations: int) -> tuple[SeenDuration, ...]:
         """Mean durations in the last iterations under the plan that runs, by planned clock."""
         durations_s: dict[tuple[int, Kind, int], list[float]] = {}
-        for measured in list(self._under_plan)[-num_iterations:]:
+        iterations = list(self._under_plan)[-num_iterations:]
+        held_down = any(self._is_throttled(measured) for measured in iterations)
+        for measured in iterations:
             for span, clock_mhz in zip(measured.iteration.spans, measured.record.expectation.clocks_mhz, strict=True):
                 of_clock = durations_s.setdefault((span.type.chunk, span.type.kind, clock_mhz), [])
                 of_clock.append(span.end_s - span.begin_s)
         return tuple(
-            SeenDuration(InstructionType(self._stage, chunk, kind), clock_mhz, fmean(times_s), len(times_s))
+            SeenDuration(InstructionType(self._stage, chunk, kind), clock_mhz, fmean(times_s), len(times_s), held_down)
             for (chunk, kind, clock_mhz), times_s in durations_s.items()
         )
 

@@ -13,6 +13,7 @@ from perseus_core.runtime.background import Background, within
 from perseus_core.runtime.desk import PlanningDesk
 from perseus_core.runtime.events import EventSource, HostEvents
 from perseus_core.runtime.exchange import Exchange, LocalExchange, TorchExchange
+from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, Metric, logger, show_log
 from perseus_core.runtime.office import PlanningOffice
@@ -34,7 +35,7 @@ def open_session(
     events: EventSource | None = None,
     exchange: Exchange | None = None,
     metric: Metric | None = None,
-) -> Session | None:
+) -> Session | InertSession:
     """Opens this rank's session. All ranks of the job call it at the same place, after `torch.distributed` is there.
 
     Args:
@@ -47,10 +48,10 @@ def open_session(
         metric: called on rank 0 with what is measured.
 
     Returns:
-        The session, or None if there is nothing to do or no way to do it; one log line has said which.
+        The session; one that does nothing where there is nothing to do, or no way to do it, after a log line that says so.
     """
     if not settings.enabled:
-        return None
+        return InertSession()
     show_log()
     try:
         if exchange is None:
@@ -81,7 +82,7 @@ def open_session(
     except Exception as error:
         logger.warning("rank %d: %s: %s; training goes on without perseus", job.rank, type(error).__name__, error)
         logger.debug("details", exc_info=error)
-        return None
+        return InertSession()
 
 
 def cache_folder(settings: Settings) -> Path | None:

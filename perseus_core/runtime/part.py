@@ -32,7 +32,9 @@ class Part:
         fields = {
             "stage": self.measurements.stage,
             "measurements": self.measurements.to_numbers(),
-            "seen": [[s.type.chunk, s.type.kind.value, s.clock_mhz, s.time_s, s.executions] for s in self.seen],
+            "seen": [
+                [s.type.chunk, s.type.kind.value, s.clock_mhz, s.time_s, s.executions, s.held_down] for s in self.seen
+            ],
             "traced": [[chunk, microbatch, kind.value] for chunk, microbatch, kind in self.traced],
         }
         return zlib.compress(json.dumps(fields).encode())
@@ -45,8 +47,8 @@ class Part:
         return cls(
             StageMeasurements.from_numbers(stage, fields["measurements"]),
             tuple(
-                SeenDuration(InstructionType(stage, chunk, Kind(kind)), clock, time_s, executions)
-                for chunk, kind, clock, time_s, executions in fields["seen"]
+                SeenDuration(InstructionType(stage, chunk, Kind(kind)), clock, time_s, executions, held_down)
+                for chunk, kind, clock, time_s, executions, held_down in fields["seen"]
             ),
             tuple((chunk, microbatch, Kind(kind)) for chunk, microbatch, kind in fields["traced"]),
         )

@@ -47,7 +47,7 @@ class Pulse:
 
     @property
     def watchdog_pid(self) -> int:
-        """The watchdog's process number, 0 before there is one. Written by the watchdog."""
+        """The watchdog's process number, written by it; set to 0 by the training process before it starts one."""
         return int(self._words[_WATCHDOG_PID])
 
     @watchdog_pid.setter

@@ -10,12 +10,14 @@ from itertools import pairwise
 from statistics import median
 from types import TracebackType
 
-from perseus_core.errors import PerseusError
 from perseus_core.gpu.device import Device, ThrottleReason
 from perseus_core.gpu.errors import NotSupported
 
 # A counter that moves every 100 ms fills this in more than half an hour.
 _MAX_READINGS = 20_000
+# From so long before to so long after a move is expected, the counter is looked at so often.
+_LEAD_S = 0.004
+_CLOSE_LOOK_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,14 @@ class EnergySampler:
     """
 
     def __init__(self, device: Device, period_s: float = 0.005) -> None:
-        """Looks at `device.total_energy_j()` every `period_s`, once started."""
+        """Looks at `device.total_energy_j()` every `period_s` once started, and closer when it is about to move."""
         self._device = device
         self._period_s = period_s
         self._lock = threading.Lock()
         self._readings: list[CounterReading] = []
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._failure: PerseusError | None = None
+        self._failure: Exception | None = None
 
     def __enter__(self) -> EnergySampler:
         self.start()
@@ -63,7 +65,7 @@ class EnergySampler:
         self.stop()
 
     @property
-    def failure(self) -> PerseusError | None:
+    def failure(self) -> Exception | None:
         """Why sampling ended by itself; what was read until then stays."""
         return self._failure
 
@@ -107,14 +109,15 @@ class EnergySampler:
     def _sample(self, stopping: threading.Event) -> None:
         try:
             self._follow_counter(stopping)
-        except PerseusError as error:
+        except Exception as error:  # whatever it is, it is not training's business
             self._failure = error
 
     def _follow_counter(self, stopping: threading.Event) -> None:
         counts_energy = self._device.counts_energy
         last_energy_j = self._device.total_energy_j()
         last_look_s = time.monotonic()
-        while not stopping.wait(self._period_s):
+        expected_s: float | None = None
+        while not stopping.wait(self._wait_s(expected_s)):
             called_s = time.monotonic()
             energy_j = self._device.total_energy_j()
             returned_s = time.monotonic()
@@ -123,7 +126,18 @@ class EnergySampler:
                 earliest_s = last_look_s if counts_energy else called_s
                 self._keep(energy_j, earliest_s, returned_s)
                 last_energy_j = energy_j
+                period_s = self.counter_period_s() if counts_energy else None
+                expected_s = None if period_s is None else (earliest_s + returned_s) / 2 + period_s
             last_look_s = called_s
+
+    def _wait_s(self, expected_s: float | None) -> float:
+        """Until the next look, which comes sooner around the moment at which the counter should move."""
+        if expected_s is None:
+            return self._period_s
+        until_s = expected_s - _LEAD_S - time.monotonic()
+        if until_s < -2 * _LEAD_S:
+            return self._period_s
+        return max(_CLOSE_LOOK_S, min(self._period_s, until_s))
 
     def _keep(self, energy_j: float, earliest_s: float, latest_s: float) -> None:
         clock_mhz, throttle = self._read_clock()

@@ -86,7 +86,7 @@ class Session:
         self._record: Record | None = None
         self._order: StagePlan | None = None  # what the iteration should execute, where that is known
         self._following = False  # whether the controller follows the plan in this iteration
-        self._held: int | None | str = "unknown"
+        self._held: int | str | None = "unknown"
         self._plans: dict[int, PlanMessage] = {}
         self._arrived: dict[int, PlanMessage] = {}
         self._received = 0

@@ -42,10 +42,15 @@ class ProcessState(Enum):
     GONE = "gone"
 
 
-def process_state(pid: int, start_ticks: int) -> ProcessState:
-    """What has become of a process; another one that got its number later does not count (`man 5 proc_pid_stat`)."""
+def process_state(pid: int, start_ticks: int | None = None) -> ProcessState:
+    """What has become of a process (`man 5 proc_pid_stat`).
+
+    Args:
+        pid: its number.
+        start_ticks: when it was started: another process that got its number later does not count.
+    """
     stat = _read_stat(pid)
-    if stat is None or int(stat[19]) != start_ticks or stat[0] in ("Z", "X"):
+    if stat is None or stat[0] in ("Z", "X") or start_ticks not in (None, int(stat[19])):
         return ProcessState.GONE
     return ProcessState.STOPPED if stat[0] in ("T", "t") else ProcessState.RUNNING
 
@@ -81,7 +86,6 @@ class Watchdog:
 
     def run(self) -> None:
         """Looks until it is no longer needed."""
-        self._pulse.watchdog_pid = os.getpid()
         while self.look():
             time.sleep(LOOK_EVERY_S)
 
@@ -136,9 +140,11 @@ def main() -> None:
         os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
+    pulse = Pulse(arguments.pulse)
+    pulse.watchdog_pid = os.getpid()
     Watchdog(
         device_by_uuid(arguments.gpu),
-        Pulse(arguments.pulse),
+        pulse,
         pid=arguments.pid,
         start_ticks=arguments.start_ticks,
         hang_limit_s=arguments.hang_limit_s,

@@ -136,6 +136,22 @@ def test_one_clock_is_held_until_it_is_given_back(
     assert controller.num_lock_calls == 1
 
 
+def test_a_clock_is_held_as_long_as_instructions_are_reported(
+    node: SimulatedNode, make_controller: Callable[..., ClockController]
+) -> None:
+    """They are the sign of life that the watchdog waits for."""
+    controller = make_controller(hang_limit_s=1.0)
+    controller.hold(700)
+    events = HostEvents()
+    for _ in range(150):
+        controller.instruction_begins(events.record())
+        time.sleep(0.01)
+        controller.instruction_ends(events.record())
+    assert controller.times_given_back == 0
+    assert requested_mhz(node) == [700]
+    wait_until(lambda: locked_range(node) == [])
+
+
 def test_an_iteration_without_a_plan_leaves_the_clock_alone(
     node: SimulatedNode, make_controller: Callable[..., ClockController]
 ) -> None:

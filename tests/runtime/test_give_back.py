@@ -187,8 +187,7 @@ def test_a_clock_that_nobody_could_give_back_is_reset_by_the_next_owner(node: Si
         os.kill(process.pid, signal.SIGKILL)
         process.wait(20)
     assert locked_range(node) == [500, 500]
-    left_by = clock_left_behind(node.gpus[0].identity.uuid)
-    assert left_by is not None
+    left_by = wait_until(lambda: clock_left_behind(node.gpus[0].identity.uuid))
     assert left_by.pid == process.pid
     controller = ClockController(device_of(node))
     controller.start()

@@ -89,7 +89,7 @@ def change(path: Path, **changes: object) -> None:
 def test_a_spoilt_file_is_a_miss_with_one_log_line(
     cache: ProfileCache, measurements: JobMeasurements, tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Any
 ) -> None:
-    """Cut off, not text, of an old version, of another job, with values that cannot be: profiled again, and replaced."""
+    """Cut off, not text, an old version, another job's, impossible values: profiled again, and replaced."""
     cache.save(KEY, measurements)
     spoil(file_of(cache, tmp_path))
     with caplog.at_level(logging.WARNING):

@@ -132,7 +132,7 @@ def test_more_iterations_are_asked_for_while_errors_are_large() -> None:
 
 
 def test_heat_that_limits_the_clock_is_recorded_at_the_clock_in_force() -> None:
-    """No measurement is filed under a clock that was not held; the clocks above the limit are passed over, with a note."""
+    """Nothing is filed under a clock that was not held; the clocks above the limit are passed over, with a note."""
     sweep = Sweep(2, SUPPORTED_MHZ)
     training = SyntheticTraining(sweep, lambda asked: (min(asked, 990), ThrottleReason.THERMAL))
     training.run()
@@ -209,8 +209,8 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, float], named: s
 
 
 def test_a_pipeline_of_processes_profiles_itself(tmp_path: Path) -> None:
-    """Two stages on simulated GPUs behind the real `pynvml`: times within 3 %, energies within 5 %, waiting measured."""
-    with simulated_machine(tmp_path, noise={"time": 0.01, "energy": 0.01}) as node:
+    """Two stages on simulated GPUs behind the real `pynvml`: times within 3 %, energies within 5 %, waiting found."""
+    with simulated_machine(tmp_path, noise={"time": 0.01, "energy": 0.01}, energy_counter_period_s=0.05) as node:
         settings = SweepSettings(relative_error=0.01, max_iterations=5)
         run = PipelineRun(node.folder, 2, 6, settings, clocks_mhz=(1000, 700), times_of_gpu=True)
         results = profile_pipeline(run)

@@ -70,6 +70,8 @@ def test_a_process_that_hangs_loses_the_clock_and_gets_it_again_when_it_goes_on(
     with training(hang, hang_limit_s=0.5) as process:
         assert first_line(process) == "locked"
         wait_until(lambda: locked_range(node) == [])
+        time.sleep(0.2)
+        assert locked_range(node) == []
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
@@ -83,8 +85,7 @@ def test_another_watchdog_is_started_when_it_is_killed(node: SimulatedNode) -> N
         (first,) = watchdogs_of(process.pid)
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: {*watchdogs_of(process.pid)} - {first})
-        # It is there when it has said so, which is the moment it starts to look.
-        time.sleep(0.5)
+        time.sleep(0.5)  # from now on there is always one: it has only to begin to look
         process.kill()
         wait_until(lambda: locked_range(node) == [])
 
@@ -103,12 +104,19 @@ def test_without_a_watchdog_no_clock_stays_locked(
     wait_until(lambda: locked_range(node) == [])
 
 
-def test_no_clock_is_locked_where_no_watchdog_starts(node: SimulatedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trouble", ["python cannot be run", "the driver is not to be had"])
+def test_no_clock_is_locked_where_no_watchdog_starts(
+    node: SimulatedNode, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
     """The failure says what to try."""
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    if trouble == "python cannot be run":
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+    else:
+        monkeypatch.setenv("ZEUSD_SOCK_PATH", "/nowhere")  # of the watchdog; this process has its device already
     controller = ClockController(device_of(node))
     controller.start()
     controller.hold(600)
+    assert not controller.is_guarded
     failure = wait_until(lambda: controller.failure)
     assert isinstance(failure, WatchdogFailed)
     assert "perseus_core.runtime.watchdog --help" in str(failure)

@@ -7,7 +7,7 @@ static PyMethodDef methods[] = {
     {"solve_at_time", solve_at_time, METH_VARARGS, solve_at_time_doc},
     {"topological_order", topological_order, METH_VARARGS, topological_order_doc},
     {"earliest_starts", earliest_starts, METH_VARARGS, earliest_starts_doc},
-    {"reclaim_slack", reclaim_slack, METH_VARARGS, reclaim_slack_doc},
+    {"improve_plan", improve_plan, METH_VARARGS, improve_plan_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -33,7 +33,7 @@ extern const char topological_order_doc[];
 PyObject *earliest_starts(PyObject *module, PyObject *args);
 extern const char earliest_starts_doc[];
 
-PyObject *reclaim_slack(PyObject *module, PyObject *args);
-extern const char reclaim_slack_doc[];
+PyObject *improve_plan(PyObject *module, PyObject *args);
+extern const char improve_plan_doc[];
 
 #endif
