@@ -17,6 +17,8 @@ _AWAITED = {
     "deepspeed.runtime.pipe.engine": "perseus_ds.activation",
     "megatron.training.arguments": "perseus_megatron.activation",
 }
+# Megatron ends a job that has flags it does not know. It is told of ours even where they are to do nothing.
+_REFUSES_UNKNOWN_FLAGS = "megatron.training.arguments"
 
 
 def is_disabled() -> bool:
@@ -27,9 +29,8 @@ def is_disabled() -> bool:
 def autoload() -> None:
     """Starts waiting for all frameworks. What torch calls."""
     try:
-        if not is_disabled():
-            for framework_module in _AWAITED:
-                await_import(framework_module)
+        for framework_module in _AWAITED:
+            await_import(framework_module)
     except Exception as error:
         _say(error)
 
@@ -39,7 +40,7 @@ def await_import(framework_module: str) -> None:
 
     An adapter may be asked more than once, and activates itself once.
     """
-    if is_disabled():
+    if is_disabled() and framework_module != _REFUSES_UNKNOWN_FLAGS:
         return
     if framework_module in sys.modules:
         _activate(framework_module)

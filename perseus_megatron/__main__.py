@@ -1,4 +1,4 @@
-"""Runs a training script as `python` would, with its `--perseus` flags: `python -m perseus_megatron pretrain_gpt.py ...`."""
+"""Runs a training script whose `--perseus` flags are then known: `python -m perseus_megatron pretrain_gpt.py ...`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main() -> None:
     script = sys.argv[1]
     if not Path(script).is_file():
         sys.exit(
-            f"perseus_megatron: there is no script {script!r}; give the path of a pretrain script, then its arguments"
+            f"perseus_megatron: there is no script {script!r}; give its path, then its arguments"
         )
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(script).resolve().parent)

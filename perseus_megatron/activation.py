@@ -16,8 +16,8 @@ import perseus_autoload
 def activate(arguments_module: ModuleType) -> None:
     """Adds the flags to every parser that Megatron makes.
 
-    `parse_args` refuses what it does not know, scripts bind it by name, and `pretrain_gpt.py` has no place for arguments
-    of others; but `add_megatron_arguments` is looked up when it is called, from 0.12 to the newest.
+    `parse_args` refuses what it does not know, scripts bind it by name, and `pretrain_gpt.py` leaves no place for
+    arguments of others; but `add_megatron_arguments` is looked up when it is called, from 0.12 to the newest.
 
     Args:
         arguments_module: `megatron.training.arguments`.

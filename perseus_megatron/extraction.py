@@ -21,8 +21,8 @@ def schedule_factory(config: Any, num_stages: int, num_chunks: int) -> Callable[
         num_stages: pipeline size.
         num_chunks: model chunks of a rank.
 
-    The function returned raises `InputError` for a number of microbatches that Megatron refuses, and where Megatron's order
-    is not the one known.
+    The function returned raises `InputError` for a number of microbatches that Megatron refuses, and where Megatron's
+    order is not the one known.
     """
     # Megatron's default since it has had the setting, and its order before.
     group = getattr(config, "microbatch_group_size_per_vp_stage", None) or num_stages
@@ -50,9 +50,9 @@ def _check_table(schedule: Schedule, group: int) -> None:
 def _overlapped(schedule: Schedule) -> Schedule:
     """With expert-parallel communication overlapped (`combined_1f1b`), a forward and the backward behind it are one.
 
-    Such an instruction bears the name of its backward half: the k-th backward of a stage is where it always was, and the
-    forward that runs with it follows from the order. Megatron warms up with one forward more, so the forward that would
-    open the steady state is left alone.
+    Such an instruction bears the name of its backward half: the k-th backward of a stage is where it always was, and
+    the forward that runs with it follows from the order. Megatron warms up with one forward more, so the forward that
+    would open the steady state is left alone.
     """
     stages = []
     for order in schedule.stages:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 from perseus_core.planning.schedule import Kind
@@ -20,7 +18,7 @@ from perseus_core.runtime.adapter import (
 )
 from perseus_core.runtime.settings import Settings
 from perseus_megatron.layout import Layout
-from perseus_megatron.schedule_hooks import ScheduleHooks
+from perseus_megatron.schedule_hooks import ScheduleHooks, combined_1f1b
 
 _current: FollowedTraining | None = None
 
@@ -142,8 +140,8 @@ def _follow(
     from perseus_megatron.session_opening import open_training_session
 
     left_alone = FollowedTraining(None, None)
-    combined_1f1b = _combined_1f1b()
-    if step_aside_unless_expected(f"Megatron-core {__version__}", differences(schedules, combined_1f1b)):
+    combined = combined_1f1b()
+    if step_aside_unless_expected(f"Megatron-core {__version__}", differences(schedules, combined)):
         return left_alone
     if _current is not None and _current.is_followed:
         if is_first_rank():
@@ -160,16 +158,9 @@ def _follow(
     hooks = Hooks()
     follower = Follower(lambda *sizes: open_training_session(settings, place, *sizes), hooks)
     schedule_hooks = ScheduleHooks(follower)
-    schedule_hooks.put(hooks, schedules, combined_1f1b)
+    schedule_hooks.put(hooks, schedules, combined)
     if hook is not None:
         hook(hooks, schedule_hooks)
     _current = FollowedTraining(schedule_hooks, follower)
     return _current
 
-
-def _combined_1f1b() -> ModuleType | None:
-    """Megatron 0.12 and 0.13 have none."""
-    try:
-        return importlib.import_module("megatron.core.pipeline_parallel.combined_1f1b")
-    except ImportError:
-        return None

@@ -13,12 +13,12 @@ from typing import Any
 from perseus_megatron.schedule_hooks import ITERATIONS
 
 
-def differences(schedules: ModuleType, combined_1f1b: ModuleType | None) -> list[str]:
+def differences(schedules: ModuleType, combined: ModuleType | None) -> list[str]:
     """What is not as expected in Megatron's schedules; empty when all is well.
 
     Args:
         schedules: `megatron.core.pipeline_parallel.schedules`.
-        combined_1f1b: the module beside it, from 0.14.
+        combined: the module beside it, from 0.14.
     """
     expected = {
         f"schedules.{name}(*, model, num_microbatches, forward_only) calls forward_step and backward_step": (
@@ -39,10 +39,10 @@ def differences(schedules: ModuleType, combined_1f1b: ModuleType | None) -> list
     expected["schedules.get_schedule_table(num_microbatches, num_model_chunks, group)"] = (
         len(_positional(getattr(schedules, "get_schedule_table", None))) == 3
     )
-    if combined_1f1b is not None:
-        combined = _positional(getattr(combined_1f1b, "combined_forward_backward_step", None))
+    if combined is not None:
+        step = _positional(getattr(combined, "combined_forward_backward_step", None))
         expected["combined_1f1b.combined_forward_backward_step(..., f_model, ..., b_model, ...)"] = (
-            combined[2:3] == ["f_model"] and combined[6:7] == ["b_model"] and "current_microbatch" in combined
+            step[2:3] == ["f_model"] and step[6:7] == ["b_model"] and "current_microbatch" in step
         )
     return [expectation for expectation, met in expected.items() if not met]
 
@@ -53,8 +53,8 @@ def why_not(config: Any) -> str:
     has_graph = getattr(config, "enable_cuda_graph", False) or getattr(config, "cuda_graph_impl", "none") != "none"
     if has_graph and "full_iteration" in graph_scope:
         return (
-            "full-iteration CUDA graphs replay the whole iteration in one piece, and between its instructions there is no "
-            "place to change the clock; leave full_iteration out of --cuda-graph-scope"
+            "full-iteration CUDA graphs replay the whole iteration in one piece, and between its instructions there is "
+            "no place to change the clock; leave full_iteration out of --cuda-graph-scope"
         )
     if getattr(config, "hybrid_context_parallel", False):
         return "hybrid context parallelism runs other microbatches in every iteration"

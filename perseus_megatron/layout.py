@@ -46,8 +46,8 @@ class Layout:
 def _pipeline() -> tuple[int, int]:
     """This rank's pipeline, and how many there are.
 
-    Ranks that share a tensor- or context-parallel group wait for each other in every layer, and so do those that share an
-    expert-parallel group, though Megatron counts the latter as data parallel. Both kinds of group hold neighbouring
+    Ranks that share a tensor- or context-parallel group wait for each other in every layer, and so do those that share
+    an expert-parallel group, though Megatron counts the latter as data parallel. Both kinds of group hold neighbouring
     ranks, so the larger one contains the smaller.
     """
     dense = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -1,18 +1,19 @@
-"""The hooks in Megatron's pipeline schedules: where an iteration starts and ends, and each forward and backward pass in it.
+"""The hooks in Megatron's pipeline schedules: where an iteration starts and ends, and each forward and backward in it.
 
-`megatron.core.pipeline_parallel.schedules` looks its functions up by name whenever it calls them, so replacing the names
-reaches every schedule, and nothing else has to be touched. What lies between the windows is communication and waiting.
+`megatron.core.pipeline_parallel.schedules` looks its functions up by name whenever it calls them, so replacing the
+names reaches every schedule, and nothing else has to be touched. Communication and waiting lie between the windows.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from perseus_core.planning.schedule import Kind
-from perseus_core.runtime.adapter import Follower, Hooks
+from perseus_core.runtime.adapter import Hooks
 
 ITERATIONS = (
     "forward_backward_no_pipelining",
@@ -21,24 +22,48 @@ ITERATIONS = (
 )
 
 
+class Listener(Protocol):
+    """What hears of iterations and instructions: a `perseus_core.runtime.adapter.Follower`."""
+
+    def begin_iteration(self, num_microbatches: int, *, training: bool, opening: Sequence[Any] = ()) -> None:
+        """An iteration starts."""
+
+    def begin_instruction(self, chunk: int, microbatch: int, kind: Kind) -> None:
+        """An instruction starts on this rank."""
+
+    def end_instruction(self) -> None:
+        """The instruction that started last has been given to the GPU in full."""
+
+    def end_iteration(self) -> None:
+        """The iteration has ended, if one was going on."""
+
+
+def combined_1f1b() -> ModuleType | None:
+    """Where Megatron overlaps expert-parallel communication; 0.12 and 0.13 do not."""
+    try:
+        return importlib.import_module("megatron.core.pipeline_parallel.combined_1f1b")
+    except ImportError:
+        return None
+
+
 class ScheduleHooks:
-    """Tells a follower what Megatron's schedules do.
+    """Tells a listener what Megatron's schedules do.
 
     Attributes:
-        announced: an instruction is running that a schedule of the user's own has announced; what Megatron runs inside it
-            belongs to it.
+        announced: an instruction is running that a schedule of the user's own has announced; what Megatron runs inside
+            it belongs to it.
     """
 
-    def __init__(self, follower: Follower) -> None:
+    def __init__(self, listener: Listener) -> None:
         """Nothing is hooked yet."""
         self.announced = False
-        self._follower = follower
+        self._listener = listener
         self._in_step = False
         self._chunk_of: dict[int, int] = {}  # by identity of the model chunk
         self._instruction_of: dict[int, tuple[int, int]] = {}  # chunk and microbatch, by identity of a forward's output
         self._backwards_begun: dict[int, int] = {}  # by chunk
 
-    def put(self, hooks: Hooks, schedules: ModuleType, combined_1f1b: ModuleType | None) -> None:
+    def put(self, hooks: Hooks, schedules: ModuleType, combined: ModuleType | None) -> None:
         """Puts hooks into Megatron's modules."""
         for name in ITERATIONS:
             hooks.put(schedules, name, self._followed_iteration(getattr(schedules, name)))
@@ -47,9 +72,9 @@ class ScheduleHooks:
         multimodule = getattr(schedules, "backward_step_multimodule", None)  # from 0.17
         if multimodule is not None:
             hooks.put(schedules, "backward_step_multimodule", self._followed_backward(multimodule))
-        if combined_1f1b is not None:
-            step = self._followed_combined(combined_1f1b.combined_forward_backward_step)
-            hooks.put(combined_1f1b, "combined_forward_backward_step", step)
+        if combined is not None:
+            step = self._followed_combined(combined.combined_forward_backward_step)
+            hooks.put(combined, "combined_forward_backward_step", step)
 
     # Iterations
 
@@ -60,20 +85,20 @@ class ScheduleHooks:
     def end_step(self) -> None:
         """The step has ended, the optimizer's part included."""
         self._in_step = False
-        self._follower.end_iteration()
+        self._listener.end_iteration()
 
     def begin_iteration(self, num_microbatches: int, *, training: bool, opening: tuple[Any, ...]) -> None:
         """A schedule begins."""
         # Megatron's rerun machine may run a schedule more than once in a step.
-        self._follower.end_iteration()
+        self._listener.end_iteration()
         self._instruction_of.clear()
         self._backwards_begun.clear()
-        self._follower.begin_iteration(num_microbatches, training=training, opening=opening)
+        self._listener.begin_iteration(num_microbatches, training=training, opening=opening)
 
     def end_iteration(self) -> None:
         """A schedule has ended, or has been left by an exception."""
         if not self._in_step:
-            self._follower.end_iteration()
+            self._listener.end_iteration()
 
     def _followed_iteration(self, run: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(run)
@@ -96,7 +121,7 @@ class ScheduleHooks:
     # Instructions
 
     def _followed_forward(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        begin_instruction, end_instruction = self._follower.begin_instruction, self._follower.end_instruction
+        begin_instruction, end_instruction = self._listener.begin_instruction, self._listener.end_instruction
 
         @functools.wraps(forward_step)
         def execute(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +138,7 @@ class ScheduleHooks:
         return execute
 
     def _followed_backward(self, backward_step: Callable[..., Any]) -> Callable[..., Any]:
-        begin_instruction, end_instruction = self._follower.begin_instruction, self._follower.end_instruction
+        begin_instruction, end_instruction = self._listener.begin_instruction, self._listener.end_instruction
 
         @functools.wraps(backward_step)
         def execute(*args: Any, **kwargs: Any) -> Any:
@@ -129,7 +154,7 @@ class ScheduleHooks:
         return execute
 
     def _followed_combined(self, combined_step: Callable[..., Any]) -> Callable[..., Any]:
-        begin_instruction, end_instruction = self._follower.begin_instruction, self._follower.end_instruction
+        begin_instruction, end_instruction = self._listener.begin_instruction, self._listener.end_instruction
 
         @functools.wraps(combined_step)
         def execute(*args: Any, **kwargs: Any) -> Any:

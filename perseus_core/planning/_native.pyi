@@ -5,7 +5,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 def topological_order(num_nodes: int, predecessor: NDArray[Any], successor: NDArray[Any], /) -> bytes: ...
-def earliest_starts(predecessor: NDArray[Any], successor: NDArray[Any], latency: NDArray[Any], duration: NDArray[Any], /) -> bytes: ...
+def earliest_starts(
+    predecessor: NDArray[Any], successor: NDArray[Any], latency: NDArray[Any], duration: NDArray[Any], /
+) -> bytes: ...
 def trace_frontier(
     tail: NDArray[Any],
     head: NDArray[Any],
@@ -56,3 +58,25 @@ def solve_at_time(
     progress: Callable[[int], object] | None,
     /,
 ) -> tuple[bytes, bytes, float]: ...
+def run_with_switching(
+    order: NDArray[Any],
+    first_predecessor: NDArray[Any],
+    predecessor: NDArray[Any],
+    predecessor_latency: NDArray[Any],
+    stage_of: NDArray[Any],
+    first_of_stage: NDArray[Any],
+    type: NDArray[Any],
+    time: NDArray[Any],
+    cost: NDArray[Any],
+    faster: NDArray[Any],
+    slower: NDArray[Any],
+    allowed: NDArray[Any],
+    clock: NDArray[Any],
+    num_clocks: int,
+    switch_latency: float,
+    outside: float,
+    waiting_power: float,
+    limit: float,
+    trials: int,
+    /,
+) -> tuple[bytes, bytes, bytes]: ...

@@ -1,16 +1,18 @@
 """From durations to real clocks.
 
-A point of the frontier asks for durations between real clocks. Rounding each down to the next faster clock, then spending the
-slack that frees, is nearly lossless at some iteration times, where nearly every instruction stands at a clock, and loses
-several per cent at others, where most stand midway. So a plan is made in three steps:
+A point of the frontier asks for durations between real clocks. Rounding each to the next faster clock, then spending
+the slack that frees, is nearly lossless at iteration times where nearly every instruction stands at a clock, and loses
+up to several per cent where most stand midway. So a plan is made in three steps:
 
-1. Rounding with slack reclamation, at the time asked for and once for all along the frontier.
-2. Time sharing: of those plans, the lower convex hull of energy over time is kept. Between two of its corners, the first part of an
-   iteration runs as one corner's plan says and the rest as the other's; but for the seam, time and energy then lie on the
-   line between the two. That two neighbouring speeds in turn are the best stand-in for a speed between them is known
-   of one processor (Ishihara and Yasuura, ISLPED 1998); here all stages change over together, so that no stage waits for another.
-3. Iterated greedy search (Ruiz and Stützle, European Journal of Operational Research 177, 2007) on the best of these: make a few connected
-   instructions faster, reclaim again, keep what is not worse. Random, but always the same for the same input.
+1. Rounding with slack reclamation: at the time asked for, and once for all along the frontier.
+2. Time sharing: of the plans along the frontier the lower convex hull of energy over time is kept. Between two of its
+   corners the first part of an iteration runs as one corner's plan says and the rest as the other's; time and energy
+   then lie on the line between the two, but for the seam. That two neighbouring speeds in turn are the best stand-in
+   for one between them is known of a single processor (Ishihara and Yasuura, ISLPED 1998); in a pipeline all stages
+   have to change over together, or each waits for the other.
+3. Iterated greedy search (Ruiz and Stützle, European Journal of Operational Research 177, 2007) on the best of these:
+   make a few connected instructions faster, reclaim again, keep what is not worse. Its random numbers are always the
+   same: equal input, equal plan.
 
 The inner loops are in `native/rounding.c`.
 """
@@ -25,11 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perseus_core.planning import _native
+from perseus_core.planning.dag import Dag
 from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.problem import Problem
 
 Choice = NDArray[np.int32]
 """int32 of shape (N,): for each instruction an index into the clocks of its tradeoff curve."""
+
+Neighbours = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]]
 
 # Trials of the search for each instruction: beyond, gaps shrink by less than a tenth when the trials double.
 DEFAULT_EFFORT = 25
@@ -73,8 +78,8 @@ class Rounder:
         Args:
             frontier: the solved problem.
             iteration_time_s: the limit, time outside the pipeline included.
-            effort: trials of the search for each instruction, 0 for none: then a plan costs a few milliseconds (once for
-                each frontier a few more), else 20 ms at 192 instructions and 0.2 s at 1,536.
+            effort: trials of the search for each instruction. None takes 1 to 3 ms (once for each frontier
+                15 ms more), the default 10 ms at 192 instructions and 0.1 s at 1,536.
 
         Raises:
             InputError: if the iteration cannot be that fast.
@@ -88,9 +93,10 @@ class Rounder:
 
     def round_down(self, durations_s: NDArray[np.float64]) -> Choice:
         """The slowest useful clock of each instruction that is not slower than its duration; of shape (..., N)."""
-        shift_s = (self._row_s + self._at_knot_s)[self.problem.curve_of]
-        point = np.searchsorted(self._times_s + self._row_s[self._curve_of_point], durations_s + shift_s, side="right") - 1
-        return np.maximum(point - self._fastest_point, 0).astype(np.int32)
+        sought_s = durations_s + (self._row_s + self._at_knot_s)[self.problem.curve_of]
+        point = np.searchsorted(self._times_s + self._row_s[self._curve_of_point], sought_s, side="right") - 1
+        choice: Choice = np.maximum(point - self._fastest_point, 0).astype(np.int32)
+        return choice
 
     def reclaim(self, choice: Choice, limit_s: float) -> Choice:
         """Brings a choice within the limit if need be, then slows down what has slack, best saving per second first."""
@@ -105,7 +111,8 @@ class Rounder:
         start_s = self.problem.dag.start_times_s(self.durations_s(choice))
         points = _native.improve_plan(
             np.argsort(start_s, kind="stable").astype(np.int32),
-            *self._neighbours,
+            *self._predecessors,
+            *self._successors,
             self.problem.curve_of,
             self._first_point,
             self._times_s,
@@ -119,7 +126,8 @@ class Rounder:
 
     def durations_s(self, choice: Choice) -> NDArray[np.float64]:
         """Duration of each instruction."""
-        return self._times_s[self._fastest_point + choice]
+        times_s: NDArray[np.float64] = self._times_s[self._fastest_point + choice]
+        return times_s
 
     def pipeline_time_s(self, choice: Choice) -> float:
         """Length of the critical path, without the time outside the pipeline."""
@@ -157,7 +165,7 @@ class Rounder:
         """Lets as many instructions, in this order, run as in the slower plan as the limit allows; by bisection."""
 
         def shared(num_slower: int) -> Choice:
-            choice = faster.choice.copy()
+            choice: Choice = faster.choice.copy()
             choice[order[:num_slower]] = slower.choice[order[:num_slower]]
             return choice
 
@@ -188,7 +196,8 @@ class Rounder:
             durations_s[:, members] = np.interp(positions[:, members], np.arange(len(knots_s)), knots_s)
         return durations_s
 
-    # All points of all curves stand in one row; these say where each curve's are, and where it lies when the row is searched.
+    # The points of all curves stand in one row. These say where those of each curve are, and how far each curve's times
+    # are shifted so that the row can be searched as one.
 
     @cached_property
     def _first_point(self) -> NDArray[np.int32]:
@@ -212,7 +221,7 @@ class Rounder:
 
     @cached_property
     def _row_s(self) -> NDArray[np.float64]:
-        return 2 * self._times_s.max() * np.arange(len(self.problem.curves))
+        return np.linspace(0.0, 2.0 * float(self._times_s.max()) * len(self.problem.curves), len(self.problem.curves))
 
     @cached_property
     def _at_knot_s(self) -> NDArray[np.float64]:
@@ -223,17 +232,19 @@ class Rounder:
         return self.problem.dag.iteration_time_s(self.problem.fastest_s)
 
     @cached_property
-    def _neighbours(self) -> tuple[NDArray[np.int32] | NDArray[np.float64], ...]:
-        dag = self.problem.dag
-        return (*self._grouped(dag.successor, dag.predecessor), *self._grouped(dag.predecessor, dag.successor))
+    def _predecessors(self) -> Neighbours:
+        return neighbours(self.problem.dag.successor, self.problem.dag.predecessor, self.problem.dag)
 
-    def _grouped(
-        self, of: NDArray[np.int32], neighbour: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]]:
-        """Edges grouped by one of their ends: where each group begins, the other ends, the latencies."""
-        by_end = np.argsort(of, kind="stable")
-        first = np.searchsorted(of[by_end], np.arange(self.problem.dag.num_instructions + 1)).astype(np.int32)
-        return first, neighbour[by_end], self.problem.dag.latency_s[by_end]
+    @cached_property
+    def _successors(self) -> Neighbours:
+        return neighbours(self.problem.dag.predecessor, self.problem.dag.successor, self.problem.dag)
+
+
+def neighbours(of: NDArray[np.int32], others: NDArray[np.int32], dag: Dag) -> Neighbours:
+    """Edges grouped by one of their ends: where each group begins, of shape (N + 1,); the other ends; latencies."""
+    by_end = np.argsort(of, kind="stable")
+    first = np.searchsorted(of[by_end], np.arange(dag.num_instructions + 1)).astype(np.int32)
+    return first, others[by_end], dag.latency_s[by_end]
 
 
 def _lower_hull(plans: list[RoundedPlan]) -> list[RoundedPlan]:

@@ -147,7 +147,8 @@ def trace(
         network.source,
         network.sink,
         network.ticks(max(0.0, until_s - problem.outside_time_s)),
-        round(problem.blocking_power_w * flow_per_w),
+        # A slope that equals the blocking power counts as worth it, however its energies were rounded.
+        round(problem.blocking_power_w * (1 - 1e-12) * flow_per_w),
         plan_tolerance * energy_j * ticks_per_s * flow_per_w,
         problem.dag.num_instructions,
         report,

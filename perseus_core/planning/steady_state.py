@@ -3,6 +3,10 @@
 Between warm-up and cool-down a pipeline repeats itself, and so does its best plan. `solve_long` solves an iteration of
 six to eight microbatches for each stage, repeats the durations and the flow of its middle, and lets `solve_at` repair
 what does not fit where the pieces meet. It pays from some 50,000 instructions on.
+
+At one marginal power each further microbatch adds the same time and the same energy, once there are enough. Measured on
+8 stages, at 58 powers over the whole frontier, to 1e-12: from 3 microbatches for each stage on for the published profiles
+(from 2 for Bloom, and for nine powers in ten), from 4 when stages differ by 3 %. `long_frontier` builds on that.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.network import Network, Scale
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.solver import DEFAULT_GAP, Point, Start, solve_at
@@ -63,6 +68,35 @@ def solve_long(
     steady = solve_at(short, short_time_s, gap=gap, start=Start.cold(short, Scale.of(problem)))
     start = unrolled(steady, problem, repeated)
     return solve_at(problem, iteration_time_s, gap=gap, start=start, progress=progress)
+
+
+def long_frontier(
+    shorter: Frontier[PipelineProblem], short: Frontier[PipelineProblem], num_microbatches: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Times [s] and energies [J] of the frontier of a long iteration, ascending in time, from two short ones.
+
+    Exact where both are in the steady state already (see above; six microbatches for each stage are on the safe side). The
+    proof for any of its points is `solve_long(...).bound_j`.
+
+    Args:
+        shorter, short: whole frontiers of one pipeline with two numbers of microbatches.
+        num_microbatches: how many the long one has.
+    """
+    few, more = (frontier.problem.schedule.num_microbatches for frontier in (shorter, short))
+    further = (num_microbatches - more) / (more - few)
+    powers_w = np.sort(np.concatenate([shorter.marginal_power_w, short.marginal_power_w]))[::-1]
+    # One power, found in both, differs in its last digits.
+    distinct = powers_w[:-1] - powers_w[1:] > 1e-9 * powers_w[0]
+    just_below_w = np.append(powers_w[:-1][distinct] + powers_w[1:][distinct], 2 * powers_w[-1] - powers_w[0]) / 2
+    columns = []
+    for name in ("times_s", "energies_j"):
+        # The vertex at which a frontier stands for a power: all steeper segments lie at shorter times.
+        at_power = [
+            getattr(frontier, name)[np.append(0, (frontier.marginal_power_w[:, None] > just_below_w).sum(axis=0))]
+            for frontier in (shorter, short)
+        ]
+        columns.append(at_power[1] + further * (at_power[1] - at_power[0]))
+    return columns[0], columns[1]
 
 
 def _time_range_s(problem: PipelineProblem) -> tuple[float, float]:

@@ -21,7 +21,7 @@ class SeenDuration:
     Attributes:
         type: stage, chunk and kind.
         clock_mhz: the clock that was planned.
-        time_s: mean duration.
+        time_s: median duration.
         executions: how many.
         held_down: whether power or heat held the GPU's clock down meanwhile.
     """

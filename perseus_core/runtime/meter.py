@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import median
 
 import numpy as np
 
@@ -97,7 +97,7 @@ class Meter:
     # Under a plan
 
     def seen(self, num_iterations: int) -> tuple[SeenDuration, ...]:
-        """Mean durations in the last iterations under the plan that runs, by planned clock."""
+        """Usual durations in the last iterations under the plan that runs, by planned clock."""
         durations_s: dict[tuple[int, Kind, int], list[float]] = {}
         iterations = list(self._under_plan)[-num_iterations:]
         held_down = any(self._is_throttled(measured) for measured in iterations)
@@ -106,7 +106,7 @@ class Meter:
                 of_clock = durations_s.setdefault((span.type.chunk, span.type.kind, clock_mhz), [])
                 of_clock.append(span.end_s - span.begin_s)
         return tuple(
-            SeenDuration(InstructionType(self._stage, chunk, kind), clock_mhz, fmean(times_s), len(times_s), held_down)
+            SeenDuration(InstructionType(self._stage, chunk, kind), clock_mhz, median(times_s), len(times_s), held_down)
             for (chunk, kind, clock_mhz), times_s in durations_s.items()
         )
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 # Kernels vary by a per cent or so from iteration to iteration; heat costs ten and more.
 SLOW = 0.05
-# How many iterations in a row before anything but a log line follows; twice as many after each reaction.
+# How many iterations in a row before anything but a log line follows; twice as many after each reaction. Where the GPU
+# itself says that it is held down fewer will do than where anything may have disturbed it.
 _REACTION_ITERATIONS = 3
+_UNEXPLAINED_FACTOR = 3
 _MOST_REACTION_ITERATIONS = 200
 
 
@@ -71,13 +73,19 @@ class SpeedWatch:
         """Takes in one iteration; returns the slowest rank if it has not been called slow before."""
         # What is expected of a stage is the time of its slowest rank: others may always be faster.
         of_stage: dict[int, float] = {}
+        explained: set[int] = set()
         for rank, (stage, speed) in enumerate(zip(self._stages, speeds, strict=True)):
             of_stage[stage] = max(of_stage.get(stage, -1.0), speed.slowness)
+            if speed.throttled:
+                explained.add(stage)
             if speed.expected_s and speed.slowness <= SLOW:
                 self._flagged.discard(rank)
         for stage, slowness in of_stage.items():
             self._streaks[stage] = self._streaks.get(stage, 0) + 1 if abs(slowness) > SLOW else 0
-        self.has_changed = any(streak >= self._patience for streak in self._streaks.values())
+        self.has_changed = any(
+            streak >= self._patience * (1 if stage in explained else _UNEXPLAINED_FACTOR)
+            for stage, streak in self._streaks.items()
+        )
         slowest = max(range(len(speeds)), key=lambda rank: speeds[rank].slowness)
         if speeds[slowest].slowness <= SLOW or slowest in self._flagged:
             return None

@@ -17,7 +17,7 @@ class Verdict:
     Attributes:
         iterations: which.
         time_s: median time of one.
-        is_slow: it took longer than allowed by more than the tolerance.
+        is_slow: it took longer than allowed by more than the tolerance, and so did the iterations judged before.
     """
 
     iterations: tuple[int, ...]
@@ -42,6 +42,7 @@ class PlanWatch:
     tolerance: float
     from_iteration: int
     num_verdicts: int = 0
+    _was_over: bool = False
     _times_s: dict[int, float] = field(default_factory=dict)
 
     def note(self, iteration: int, time_s: float) -> Verdict | None:
@@ -52,7 +53,10 @@ class PlanWatch:
         if len(self._times_s) < self.window:
             return None
         median_s = statistics.median(self._times_s.values())
-        verdict = Verdict(tuple(self._times_s), median_s, median_s > self.plan.limit_time_s * (1 + self.tolerance))
+        is_over = median_s > self.plan.limit_time_s * (1 + self.tolerance)
+        # Once may be a disturbance from outside, which no other plan would help against.
+        verdict = Verdict(tuple(self._times_s), median_s, is_over and self._was_over)
+        self._was_over = is_over
         self._times_s.clear()
         self.num_verdicts += 1
         return verdict

@@ -1,5 +1,33 @@
 from __future__ import annotations
 
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; `pip install .[deepspeed]`")
+
+from perseus_core.gpu.simulated import Description, SimulatedNode, create_node
+from perseus_core.gpu.simulated.command import environment_for
+from tests.conftest import REPOSITORY
+
+MakeNode = Callable[..., SimulatedNode]
+
+
+@pytest.fixture(scope="module")
+def make_node(tmp_path_factory: pytest.TempPathFactory) -> MakeNode:
+    """Makes four simulated A100s, their times scaled so that jobs are short; keyword arguments replace fields."""
+
+    def make(time_scale: float, **changes: object) -> SimulatedNode:
+        description = Description.load(REPOSITORY / "configs" / "gpus" / "a100.json")
+        changed = dataclasses.replace(description, time_scale=time_scale, **changes)  # type: ignore[arg-type]
+        return create_node(changed, tmp_path_factory.mktemp("gpus"), log=True)
+
+    return make
+
+
+def on(node: SimulatedNode) -> dict[str, str]:
+    """The environment of a job on simulated GPUs."""
+    return environment_for(node.folder, os.environ)

@@ -48,9 +48,10 @@ def launch(
     *,
     environment: dict[str, str] | None = None,
     timeout_s: float = 170,
+    scenarios: str = "tests.deepspeed.scenarios",
     **arguments: Any,
 ) -> Finished:
-    """Runs a function of `tests.deepspeed.scenarios` on every rank.
+    """Runs a function on every rank.
 
     Args:
         scenario: its name.
@@ -58,13 +59,14 @@ def launch(
         folder: an empty one for results and output.
         environment: added to this process's.
         timeout_s: after which everything is killed and the test fails.
+        scenarios: the module that holds the function.
         arguments: of the function, as JSON can hold them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arguments.json").write_text(json.dumps(arguments))
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.deepspeed.launcher", scenario, str(world_size), str(folder)],
+            [sys.executable, "-m", "tests.deepspeed.launcher", f"{scenarios}:{scenario}", str(world_size), str(folder)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(environment or {})},
             stdout=output,
@@ -87,7 +89,8 @@ def launch(
 
 
 def _main(scenario: str, world_size: int, folder: Path) -> None:
-    scenarios = importlib.import_module("tests.deepspeed.scenarios")
+    module, _, name = scenario.partition(":")
+    function = getattr(importlib.import_module(module), name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,7 +101,7 @@ def _main(scenario: str, world_size: int, folder: Path) -> None:
         child = os.fork()
         if child == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            _run(getattr(scenarios, scenario), folder, rank)
+            _run(function, folder, rank)
         children.append(child)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     (folder / "statuses.json").write_text(json.dumps(statuses))

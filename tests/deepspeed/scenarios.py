@@ -181,3 +181,83 @@ def record_exhausted_data(sessions: list[RecordingSession]) -> dict[str, Any]:
         error = "StopIteration"
     engine.destroy()
     return {"error": error, "ended": sessions[-1].iterations[-1]["ended"]}
+
+
+QUICK = {
+    "enabled": True,
+    "profile_cache": "off",
+    "warmup_iterations": 1,
+    "baseline_iterations": 3,
+    "profile_clocks": 4,
+    "profile_iterations": 1,
+    "watch_iterations": 3,
+}
+
+
+def losses(config: dict[str, Any], stages: int, iterations: int) -> tuple[list[float], int]:
+    """Losses of a job, and how many plans were applied in it."""
+    from perseus_ds import session_of
+
+    engine = make_engine(config, stages)
+    batches = data(engine)
+    values = [engine.train_batch(batches).item() for _ in range(iterations)]
+    session = session_of(engine)
+    plan = 0 if session is None else session.status().plan
+    engine.destroy()
+    return values, plan
+
+
+def losses_with_and_without(iterations: int) -> dict[str, Any]:
+    """Losses in three layouts, without the block and with it."""
+    from perseus_ds.simulated_work import occupy_simulated_gpus
+
+    start()
+    occupy_simulated_gpus()
+    compared = {}
+    for name, stages, config in (
+        ("pp4", 4, batch_config(4)),
+        ("pp2 x dp2", 2, batch_config(4)),
+        ("pp2 x dp2, bf16, zero-1", 2, batch_config(4, **BF16)),
+    ):
+        without, _ = losses(config, stages, iterations)
+        under, plan = losses({**config, "perseus": QUICK}, stages, iterations)
+        compared[name] = {"without": without, "with": under, "plan": plan}
+    stop()
+    return compared
+
+
+def train_under_a_plan(config: dict[str, Any], stages: int, iterations: int) -> dict[str, Any]:
+    """A whole job; returns what each iteration took, under which plan, and the session's own view."""
+    import dataclasses
+    import time
+
+    from perseus_core.gpu.simulated import open_node
+    from perseus_ds import session_of
+    from perseus_ds.simulated_work import occupy_simulated_gpus
+
+    start()
+    occupy_simulated_gpus()
+    engine = make_engine(config, stages)
+    gpu = open_node().gpus[engine.local_rank]
+    batches = data(engine)
+    laps = []
+    for _ in range(iterations):
+        begin_s, begin_j = time.monotonic(), gpu.true_energy_j()
+        engine.train_batch(batches)
+        status = session_of(engine).status() if session_of(engine) else None
+        laps.append(
+            {
+                "begin_s": begin_s,
+                "time_s": time.monotonic() - begin_s,
+                "energy_j": gpu.true_energy_j() - begin_j,
+                "phase": status.phase.value if status else "",
+                "plan": status.plan if status else 0,
+            }
+        )
+    session = session_of(engine)
+    planned = [(p.clock_mhz, p.duration_s) for p in session._plans[8].stages[engine.stage_id].clocks]
+    values = dataclasses.asdict(session.status())
+    values["phase"] = values["phase"].value
+    result = {"stage": engine.stage_id, "laps": laps, "status": values, "planned": planned}
+    stop()
+    return result

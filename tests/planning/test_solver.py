@@ -23,7 +23,7 @@ from perseus_core.planning.problem import PipelineProblem, Problem
 from perseus_core.planning.profile import Measurement, Profile
 from perseus_core.planning.schedule import InstructionType, Kind, Schedule, interleaved, one_f_one_b, zb_h1
 from perseus_core.planning.solver import solve, solve_at, trace
-from perseus_core.planning.steady_state import solve_long
+from perseus_core.planning.steady_state import long_frontier, solve_long
 
 PROFILES = Path(__file__).parents[3] / "shared/data/sosp24/stage_profile"
 
@@ -231,19 +231,25 @@ def test_slopes_may_differ_by_nine_orders() -> None:
 
 
 def pipeline(num_stages: int, num_microbatches: int) -> PipelineProblem:
-    """Stages that differ by some per cent, three clocks each."""
+    """Stages that differ by some per cent, nine clocks each."""
     lines = [
-        (stage, kind, clock, work * (1 + 0.01 * (stage * 7 % 5)) * 1410 / clock, work * (100 + (clock / 300) ** 3))
+        (
+            stage,
+            kind,
+            clock,
+            work * (1 + 0.01 * (stage * 7 % 5)) * 1410 / clock,
+            work * (100 + (1 + 0.01 * stage) * (clock / 300) ** 3),
+        )
         for stage in range(num_stages)
         for kind, work in (("forward", 1.0), ("backward", 2.0))
-        for clock in (1410, 1200, 1005)
+        for clock in range(1410, 1005, -45)
     ]
     profile = Profile(tuple(Measurement(InstructionType(s, 0, Kind(k)), c, t, e) for s, k, c, t, e in lines))
     return PipelineProblem.of(profile, one_f_one_b(num_stages, num_microbatches), 20.0)
 
 
 def long_run() -> PipelineProblem:
-    """One that the solver works on for some tenths of a second."""
+    """One that the solver works on for a tenth of a second or more."""
     return pipeline(16, 96)
 
 
@@ -257,14 +263,13 @@ def test_long_iterations_are_unrolled_right(slowdown: float | None) -> None:
     assert point.gap <= 1e-7
 
 
-def test_steady_state_is_affine() -> None:
+def test_two_short_frontiers_give_the_long_one() -> None:
     """At one marginal power, each further microbatch adds the same time and the same energy."""
-    frontiers = [solve(pipeline(3, m)) for m in (24, 36, 48)]
-    for frontier in frontiers:
-        assert len(frontier.marginal_power_w) > 3
-    power_w = float(np.median(frontiers[-1].marginal_power_w))
-    least = [(f.energies_j + power_w * f.times_s).min() for f in frontiers]
-    assert least[2] - least[1] == pytest.approx(least[1] - least[0], rel=1e-9)
+    shorter, short, long = (solve(pipeline(3, m)) for m in (24, 36, 72))
+    times_s, energies_j = long_frontier(shorter, short, 72)
+    assert times_s[[0, -1]] == pytest.approx([long.fastest_time_s, long.min_energy_time_s], rel=1e-9)
+    exact = [long.energy_j(max(time_s, long.fastest_time_s)) for time_s in times_s]
+    assert energies_j == pytest.approx(exact, rel=1e-9)
 
 
 def test_a_time_out_of_reach_is_refused() -> None:
@@ -298,7 +303,7 @@ def test_interrupt_stops_the_run_and_leaves_the_solver_usable() -> None:
 
 def test_other_threads_run_meanwhile() -> None:
     """The solver does not hold Python's global lock, and two may solve at once."""
-    problem = long_run()
+    problem = pipeline(8, 64)
     expected = solve(problem).energies_j
     answers: list[NDArray[np.float64]] = []
     threads = [threading.Thread(target=lambda: answers.append(solve(problem).energies_j)) for _ in range(2)]

@@ -2,10 +2,10 @@
  * 1990; convex curves as in Ahuja, Hochbaum and Orlin 2003).
  *
  * An arc of length -T from sink to source makes every flow a circulation. Moments and flow are optimal together when no way
- * has slack below 0 (network.h) and the flow is balanced at every node. A phase asks only for slack of at least
- * -epsilon. It starts with moments that keep T, lets flow rise and fall in arcs until their slack agrees, and then pushes what is too
- * much at one node to where it is missing, along ways of negative slack. A node with too much and no such way moves
- * later. Then come the next phase and a smaller epsilon.
+ * has slack below 0 (network.h) and the flow is balanced at every node. A phase asks only for slack of at least -epsilon. It
+ * starts with moments that keep T, lets flow rise and fall in arcs until their slack agrees, and then pushes what is too
+ * much at one node to where it is missing, along ways of negative slack. A node with too much and no such way moves later.
+ * Then come the next phase and a smaller epsilon.
  *
  * Each phase ends with lengths that keep T and with a balanced flow, so a plan and a proved bound: for a balanced flow,
  * sum(cost(length) + flow * length) is the cost, and its least over all lengths, arc by arc, is below any cost. The run
@@ -211,11 +211,13 @@ static int scale(Scaler *s, double tolerance, PyObject *progress, PyThreadState 
 }
 
 const char solve_at_time_doc[] =
-    "solve_at_time(tail, head, curve, first_knot, length, steepness, moment, flow, source, epsilon,\n               tolerance, progress, /)\n\n"
+    "solve_at_time(tail, head, curve, first_knot, length, steepness, moment, flow, source, epsilon, tolerance,\n"
+    "              progress, /)\n\n"
     "Solves for the T that the last arc, from sink to source with length -T, asks for.\n\n"
     "Arcs but the last are sorted by the topological place of their tail. moment, flow: where to begin; epsilon: how far\n"
-    "these may be from optimal at first. Stops when the cost is proved to be within `tolerance` of the least. progress: None or a callable that\n"
-    "takes epsilon.\n\nReturns moments (int64 bytes), flow per arc (int64 bytes) and the proved gap.";
+    "these may be from optimal at first. Stops when the cost is proved to be within `tolerance` of the least. progress:\n"
+    "None or a callable that takes epsilon.\n\n"
+    "Returns moments (int64 bytes), flow per arc (int64 bytes) and the proved gap.";
 
 PyObject *solve_at_time(PyObject *module, PyObject *args) {
     (void)module;

@@ -255,9 +255,9 @@ static int record(const Tracer *t, Record *r, int32_t num_recorded, double toler
 
 enum { FINISHED, OUT_OF_MEMORY, INTERRUPTED };
 
-/* In nodes looked at: some hundredths of a second. */
+/* In nodes looked at: a hundredth of a second or two. */
 #define WORK_PER_AUGMENTATION 64
-#define WORK_BETWEEN_REPORTS 1000000
+#define WORK_BETWEEN_REPORTS 300000
 
 static int trace(Tracer *t, Record *r, int64_t until, int64_t min_value, int32_t num_recorded, double tolerance,
                  PyObject *progress, PyThreadState **thread) {

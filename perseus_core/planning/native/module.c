@@ -8,6 +8,7 @@ static PyMethodDef methods[] = {
     {"topological_order", topological_order, METH_VARARGS, topological_order_doc},
     {"earliest_starts", earliest_starts, METH_VARARGS, earliest_starts_doc},
     {"improve_plan", improve_plan, METH_VARARGS, improve_plan_doc},
+    {"run_with_switching", run_with_switching, METH_VARARGS, run_with_switching_doc},
     {NULL, NULL, 0, NULL},
 };
 

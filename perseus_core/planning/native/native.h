@@ -36,4 +36,7 @@ extern const char earliest_starts_doc[];
 PyObject *improve_plan(PyObject *module, PyObject *args);
 extern const char improve_plan_doc[];
 
+PyObject *run_with_switching(PyObject *module, PyObject *args);
+extern const char run_with_switching_doc[];
+
 #endif

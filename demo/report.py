@@ -1,0 +1,132 @@
+"""What the demonstration shows at the end: a table, a picture of the pipeline before and after, and `report.json`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from perseus_core.errors import InputError
+from perseus_core.files import write_text
+from perseus_core.planning.baselines import all_max
+from perseus_core.planning.frontier_file import load_frontier
+from perseus_core.planning.plan import make_plan
+from perseus_core.report.frontier_figure import draw_frontier
+from perseus_core.report.save import save_figure
+from perseus_core.report.timeline_figure import draw_before_and_after
+from perseus_core.runtime.settings import Settings
+
+# After a change of plan the first iteration still has clocks of the last one in it.
+_SETTLING = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians over iterations; energies count one GPU for each stage (the mean of all pipelines).
+
+    Attributes:
+        iterations: how many.
+        time_s: of one.
+        energy_j: of one.
+    """
+
+    iterations: int
+    time_s: float
+    energy_j: float
+
+
+def report(output: Path, *, seconds: float) -> dict[str, Any]:
+    """Prints the table, writes the pictures and `report.json`; returns what is in it.
+
+    Raises:
+        InputError: if the job ended before a plan was measured.
+    """
+    ranks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "laps").glob("rank*.json"))]
+    before = measured(ranks, lambda lap: lap["phase"] == "warm up")
+    after = measured(ranks, lambda lap: lap["plan"] > 0, skip=_SETTLING)
+    status, laps = ranks[0]["status"], ranks[0]["laps"]
+    figures = _draw(output)
+    content = {
+        "saving": 1 - after.energy_j / before.energy_j,
+        "promised_saving": status["promised_saving"],
+        "slowdown": after.time_s / before.time_s - 1,
+        "promised_slowdown": status["promised_slowdown"],
+        "gap": status["gap"],
+        "baseline_time_s": before.time_s,
+        "iteration_time_s": after.time_s,
+        "baseline_energy_j": before.energy_j,
+        "energy_j": after.energy_j,
+        "solve_s": status["solve_s"],
+        "profiling_iterations": status["profiling_iterations"],
+        "iterations_before": before.iterations,
+        "iterations_after": after.iterations,
+        "loss_first": laps[0]["loss"],
+        "loss_last": laps[-1]["loss"],
+        "seconds": seconds,
+    }
+    write_text(output / "report.json", json.dumps(content, indent=2) + "\n")
+    _print(content, output, figures)
+    return content
+
+
+def measured(ranks: list[dict[str, Any]], chosen: Callable[[dict[str, Any]], bool], *, skip: int = 0) -> Measured:
+    """What the iterations took that are chosen on all ranks.
+
+    Raises:
+        InputError: if there are none.
+    """
+    num_pipelines = 1 + max(rank["pipeline"] for rank in ranks)
+    iterations = [laps for laps in zip(*(rank["laps"] for rank in ranks), strict=True) if all(map(chosen, laps))][skip:]
+    if not iterations:
+        raise InputError("the job ended before there was anything to compare; give it more --iterations")
+    return Measured(
+        len(iterations),
+        statistics.median(max(lap["time_s"] for lap in laps) for laps in iterations),
+        statistics.median(sum(lap["energy_j"] for lap in laps) / num_pipelines for laps in iterations),
+    )
+
+
+def _draw(output: Path) -> list[str]:
+    """The pictures of the plan that the session's frontier holds."""
+    frontier = load_frontier(output / "frontier.json")
+    config = json.loads((output / "ds_config.json").read_text(encoding="utf-8"))
+    plan = make_plan(frontier, Settings.from_mapping(config["perseus"]).pick)
+    baseline = all_max(frontier.problem)
+    save_figure(draw_before_and_after(frontier.problem, baseline, plan), output / "before-and-after.png")
+    save_figure(draw_frontier(frontier, plan=plan), output / "frontier.png")
+    return ["before-and-after.png", "frontier.png"]
+
+
+def _print(content: dict[str, Any], output: Path, figures: list[str]) -> None:
+    table = Table(title="Measured on the simulated GPUs, one iteration, all stages together", title_justify="left")
+    for column in ("", "before", "under the plan", "change", "promised"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row(
+        "energy",
+        f"{content['baseline_energy_j']:.0f} J",
+        f"{content['energy_j']:.0f} J",
+        f"{-100 * content['saving']:+.1f} %",
+        f"{-100 * content['promised_saving']:+.1f} %",
+    )
+    table.add_row(
+        "time",
+        f"{content['baseline_time_s']:.3f} s",
+        f"{content['iteration_time_s']:.3f} s",
+        f"{100 * content['slowdown']:+.1f} %",
+        f"{100 * content['promised_slowdown']:+.1f} %",
+    )
+    table.add_row("loss", f"{content['loss_first']:.3f}", f"{content['loss_last']:.3f}", "", "")
+    console = Console()
+    console.print()
+    console.print(table)
+    console.print(
+        f"The plan is within {100 * content['gap']:.2f} % of the best possible; solved in {content['solve_s']:.2g} s after "
+        f"{content['profiling_iterations']} iterations of profiling; all in {content['seconds']:.0f} s."
+    )
+    console.print(f"Written to {output}: report.json, frontier.json, {', '.join(figures)}")

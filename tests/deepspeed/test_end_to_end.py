@@ -1,0 +1,98 @@
+"""One whole job through real DeepSpeed, real `pynvml` and four processes, looked at from outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perseus_core.gpu.simulated import ExecutedInstruction, read_executed
+from tests.deepspeed.conftest import MakeNode, on
+from tests.deepspeed.launcher import launch
+
+MICROBATCHES = 8
+ITERATIONS = 34
+BLOCK = {
+    "enabled": True,
+    "profile_cache": "off",
+    "warmup_iterations": 1,
+    "baseline_iterations": 3,
+    "profile_clocks": 5,
+    "profile_iterations": 1,
+    "watch_iterations": 4,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks returned, and what their GPUs executed: for each rank and iteration its instructions in order."""
+
+    ranks: list[dict[str, Any]]
+    executed: list[list[list[ExecutedInstruction]]]
+
+    @property
+    def settled(self) -> list[int]:
+        """Iterations under the last plan, on all ranks, without the first."""
+        last = self.ranks[0]["status"]["plan"]
+        under = [i for i in range(ITERATIONS) if all(rank["laps"][i]["plan"] == last for rank in self.ranks)]
+        return under[1:]
+
+    def energy_j(self, iterations: list[int]) -> float:
+        """Mean over iterations, all stages together."""
+        return sum(rank["laps"][i]["energy_j"] for rank in self.ranks for i in iterations) / len(iterations)
+
+
+@pytest.fixture(scope="module")
+def job(make_node: MakeNode, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    node = make_node(0.7)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": MICROBATCHES,
+        "steps_per_print": 10_000,
+        "perseus": BLOCK,
+    }
+    finished = launch(
+        "train_under_a_plan",
+        4,
+        tmp_path_factory.mktemp("job"),
+        environment=on(node),
+        config=config,
+        stages=4,
+        iterations=ITERATIONS,
+    )
+    ranks = finished.results_of_all()
+    executed: list[list[list[ExecutedInstruction]]] = []
+    for gpu in range(4):
+        of_gpu = [e for e in read_executed(node.folder) if e.gpu == gpu]
+        size = 2 * MICROBATCHES
+        executed.append([of_gpu[i * size : (i + 1) * size] for i in range(ITERATIONS)])
+    return Job(ranks, executed)
+
+
+def test_energy_is_saved_as_promised(job: Job) -> None:
+    """The GPUs' own exact energies confirm the promised saving, within two points on a busy machine."""
+    unlocked = [i for i in range(ITERATIONS) if all(r["laps"][i]["phase"] == "warm up" for r in job.ranks)]
+    saving = 1 - job.energy_j(job.settled) / job.energy_j(unlocked)
+    assert saving > 0.08
+    assert saving == pytest.approx(job.ranks[0]["status"]["promised_saving"], abs=0.02)
+
+
+def test_instructions_run_at_their_planned_clocks(job: Job) -> None:
+    """Each at its clock for 80 % of its time at least, for 95 % where its neighbours have the same clock."""
+    late = []
+    total = 0
+    for rank, executed in zip(job.ranks, job.executed, strict=True):
+        clocks = [clock for clock, _ in rank["planned"]]
+        alike = [a == b for a, b in pairwise(clocks)]
+        for iteration in job.settled:
+            for place, (clock_mhz, instruction) in enumerate(zip(clocks, executed[iteration], strict=True)):
+                neighbours_alike = all(alike[max(0, place - 1) : place + 1])
+                total += 1
+                if instruction.share_at(clock_mhz) < (0.95 if neighbours_alike else 0.8):
+                    late.append((iteration, place, rank["stage"], clock_mhz, instruction.clocks))
+    print(f"{len(late)} of {total} late: {late}")
+    assert total > 100
+    assert len(late) <= 0.02 * total

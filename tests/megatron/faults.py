@@ -1,0 +1,34 @@
+"""What goes wrong in the middle of a test's training. Each function runs on every rank, before an iteration."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+
+
+def error_in_hook(followed: Any) -> None:
+    """An error of ours on one rank, where it hurts most."""
+    if torch.distributed.get_rank() == 1:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("broken on purpose")
+
+        followed.session.begin_instruction = fail
+
+
+def killed(followed: Any) -> None:
+    """The last rank is killed."""
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def second_training(followed: Any) -> None:
+    """The same process asks for another training to be followed."""
+    import perseus_megatron
+
+    parameters = torch.nn.Linear(1, 1)
+    parameters.config = None  # type: ignore[assignment]
+    assert not perseus_megatron.enable({"enabled": True}, parameters).is_followed

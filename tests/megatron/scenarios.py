@@ -1,0 +1,167 @@
+"""What the ranks of the tests' jobs do. Each function runs on every rank; what it returns goes back as JSON."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+import perseus_megatron
+from demo.megatron_gpt import Sizes, Training
+from perseus_core.gpu.simulated import open_node
+from perseus_core.planning.schedule import Kind
+from tests.conftest import REPOSITORY
+from tests.megatron import cpu_megatron, faults
+
+TEXT = REPOSITORY / "README.md"
+
+
+def start() -> None:
+    """What Megatron wants on the CPU."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    cpu_megatron.install()
+
+
+def stop() -> None:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+class RecordingSession:
+    """Stands in for a session: writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.iterations: list[dict[str, Any]] = []
+        self.closed = False
+
+    def begin_iteration(self, num_microbatches: int, *, training: bool = True) -> None:
+        self.iterations.append({"microbatches": num_microbatches, "training": training, "order": [], "ended": False})
+
+    def begin_instruction(self, chunk: int, microbatch: int, kind: Kind) -> None:
+        self.iterations[-1]["order"].append([chunk, microbatch, kind.value])
+
+    def end_instruction(self) -> None:
+        self.iterations[-1]["order"][-1].append("ended")
+
+    def end_iteration(self) -> None:
+        self.iterations[-1]["ended"] = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def record() -> list[dict[str, Any]]:
+    """Has every session that would be opened replaced by a recording one; returns what each was opened with."""
+    from perseus_megatron import following, session_opening
+
+    opened: list[dict[str, Any]] = []
+
+    def open_recording(settings: Any, layout: Any, *sizes: Any) -> RecordingSession:
+        opened.append({"layout": layout, "sizes": sizes[1:], "session": RecordingSession()})
+        return opened[-1]["session"]
+
+    following.has_gpus_for = lambda device: True  # type: ignore[assignment]
+    session_opening.open_training_session = open_recording  # type: ignore[assignment]
+    return opened
+
+
+def record_layouts() -> dict[str, Any]:
+    """Trains and evaluates in many layouts, one after the other; returns what was recorded of each."""
+    start()
+    opened = record()
+    recorded: dict[str, Any] = {}
+
+    def run(name: str, sizes: Sizes, microbatches: tuple[int, ...]) -> None:
+        training = Training(sizes, TEXT)
+        followed = perseus_megatron.enable({"enabled": True}, training.model)
+        training.evaluate(microbatches[0])  # before the session is opened
+        training.step(microbatches[0])
+        for number in microbatches:
+            training.step(number)
+        training.evaluate(microbatches[0])
+        followed.close()
+        recorded[name] = {
+            "stage": opened[-1]["layout"].stage,
+            "pipeline": opened[-1]["layout"].pipeline,
+            "sizes": opened[-1]["sizes"],
+            "iterations": opened[-1]["session"].iterations,
+            "closed": opened[-1]["session"].closed,
+        }
+        parallel_state.destroy_model_parallel()
+
+    run("pp4", Sizes(4), (6, 2, 9))
+    run("pp4 vpp2", Sizes(4, chunks=2), (4, 8))
+    run("pp2 dp2", Sizes(2), (4, 6))
+    run("pp2 dp2 vpp2", Sizes(2, chunks=2), (4, 6))
+    run("pp2 tp2", Sizes(2, tensor_parallel=2), (3,))
+    run("pp1", Sizes(1), (3, 1))
+    stop()
+    return recorded
+
+
+def train(
+    sizes: dict[str, int],
+    microbatches: int,
+    iterations: int,
+    settings: dict[str, Any],
+    *,
+    occupied: bool = True,
+    fault: str = "",
+    at: int = 0,
+    evaluate_every: int = 0,
+    also_without: bool = False,
+) -> dict[str, Any]:
+    """Trains on simulated GPUs.
+
+    Args:
+        sizes: of the model and the job.
+        microbatches: of an iteration.
+        iterations: how many.
+        settings: the `perseus` block.
+        occupied: whether passes occupy the simulated GPUs, or only the CPU.
+        fault: name of a function of `tests.megatron.faults`.
+        at: iteration before which the fault happens.
+        evaluate_every: iterations.
+        also_without: trains the same before without us.
+    """
+    start()
+    result: dict[str, Any] = {"rank": torch.distributed.get_rank()}
+    if also_without:
+        training = Training(Sizes(**sizes), TEXT)
+        result["losses_without"] = [training.step(microbatches) for _ in range(iterations)]
+        parallel_state.destroy_model_parallel()
+    training = Training(Sizes(**sizes), TEXT)
+    if occupied:
+        from perseus_megatron.simulated_work import occupy_simulated_gpus
+
+        occupy_simulated_gpus()
+    followed = perseus_megatron.enable(settings, training.model)
+    result |= {"losses": [], "energies_j": [], "times_s": [], "plans": [], "phases": []}
+    gpu = open_node().gpus[int(os.environ["LOCAL_RANK"])]
+    last_s, last_j = time.monotonic(), gpu.true_energy_j()
+    for iteration in range(iterations):
+        if fault and iteration == at:
+            getattr(faults, fault)(followed)
+        with followed.step():
+            result["losses"].append(training.step(microbatches))
+        if evaluate_every and iteration % evaluate_every == 0:
+            training.evaluate(microbatches)
+        now_s, now_j = time.monotonic(), gpu.true_energy_j()
+        result["times_s"].append(now_s - last_s)
+        result["energies_j"].append(now_j - last_j)
+        last_s, last_j = now_s, now_j
+        session: Any = followed.session
+        result["plans"].append(0 if session is None else session.status().plan)
+        result["phases"].append("" if session is None else session.status().phase.value)
+    plan = None if session is None else getattr(session, "_plans", {}).get(microbatches)
+    result["stage"] = parallel_state.get_pipeline_model_parallel_rank()
+    result["planned_mhz"] = [] if plan is None else [c.clock_mhz for c in plan.stages[result["stage"]].clocks]
+    result["promised"] = None if plan is None else [plan.saving, plan.slowdown]
+    result["is_followed"] = followed.is_followed
+    followed.close()
+    stop()
+    return result

@@ -1,0 +1,77 @@
+"""What the hooks in Megatron's real schedules report, in 4 processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perseus_core.planning.schedule import Schedule, interleaved, one_f_one_b
+from tests.megatron.launcher import launch
+
+# Stages and chunks.
+LAYOUTS = {
+    "pp4": (4, 1),
+    "pp4 vpp2": (4, 2),
+    "pp2 dp2": (2, 1),
+    "pp2 dp2 vpp2": (2, 2),
+    "pp2 tp2": (2, 1),
+    "pp1": (1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """For every rank, what was recorded of each layout."""
+    return launch("record_layouts", 4, tmp_path_factory.mktemp("hooks")).results_of_all()
+
+
+def schedule(layout: str, microbatches: int) -> Schedule:
+    stages, chunks = LAYOUTS[layout]
+    if chunks == 1:
+        return one_f_one_b(stages, microbatches)
+    return interleaved(stages, microbatches, chunks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_executed_order_is_the_extracted_one(recorded: list[dict[str, Any]], layout: str) -> None:
+    """Chunk, microbatch and kind of every instruction are reported in the schedule's order, whatever the number."""
+    for rank in recorded:
+        trained = [iteration for iteration in rank[layout]["iterations"] if iteration["training"]]
+        assert trained
+        for iteration in trained:
+            order = schedule(layout, iteration["microbatches"]).stages[rank[layout]["stage"]]
+            assert iteration["order"] == [[i.chunk, i.microbatch, i.kind.value, "ended"] for i in order]
+            assert iteration["ended"]
+
+
+def test_evaluation_is_told_apart(recorded: list[dict[str, Any]]) -> None:
+    """Evaluation before the first training iteration is not followed; later it is announced as no training."""
+    for rank in recorded:
+        assert [i["training"] for i in rank["pp4"]["iterations"]] == [True, True, True, False]
+        evaluation = rank["pp4"]["iterations"][-1]["order"]
+        assert evaluation == [[0, microbatch, "forward", "ended"] for microbatch in range(6)]
+
+
+def test_number_of_microbatches_may_change(recorded: list[dict[str, Any]]) -> None:
+    """A batch size that ramps up is followed with its new number of microbatches."""
+    for rank in recorded:
+        trained = [i["microbatches"] for i in rank["pp4 vpp2"]["iterations"] if i["training"]]
+        assert trained == [4, 8]
+
+
+def test_place_in_the_job(recorded: list[dict[str, Any]]) -> None:
+    """Pipeline ranks are stages, data-parallel ranks pipelines, and tensor-parallel ranks share both."""
+    places = {
+        layout: sorted((rank[layout]["stage"], rank[layout]["pipeline"]) for rank in recorded) for layout in LAYOUTS
+    }
+    assert places["pp4"] == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert places["pp2 dp2"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert places["pp2 tp2"] == [(0, 0), (0, 0), (1, 0), (1, 0)]
+    assert places["pp1"] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def test_closing_closes_the_session(recorded: list[dict[str, Any]]) -> None:
+    """`close` ends the session, and the next training of the process is followed."""
+    assert all(rank[layout]["closed"] for rank in recorded for layout in LAYOUTS)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from perseus_core.runtime.exchange import LocalExchange, in_process_exchanges
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What the ranks of a torch job do; each prints lines that the test reads.
+_RANK = """
+import os, signal, sys, time
+import numpy as np
+import torch, torch.distributed as dist
+from perseus_core.runtime.exchange import ExchangeError, TorchExchange
+
+def arrived(exchange, count, limit_s=20.0):
+    rows, end = [], time.monotonic() + limit_s
+    while len(rows) < count and time.monotonic() < end:
+        rows += exchange.arrived_rows(count, 0.1)
+    return rows
+
+def until(parcel):
+    while (content := parcel.content()) is None:
+        time.sleep(0.001)
+    return content
+
+def rank_main(rank, behaviour):
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 3), rank=rank, world_size=3)
+    exchange = TorchExchange()
+    assert exchange.introduce(np.array([rank, 10.0 * rank])).tolist() == [[0, 0], [1, 10], [2, 20]]
+    for n in range(5):
+        exchange.send_row(np.array([n + 100.0 * rank]))
+    assert [row[:, 0].tolist() for row in arrived(exchange, 5)] == [[n, n + 100, n + 200] for n in range(5)]
+    contents = until(exchange.collect(b"x" * (rank + 1), [1, 2, 3]))
+    assert contents == ([b"x", b"xx", b"xxx"] if rank == 0 else []), contents
+    assert until(exchange.distribute(b"a plan" if rank == 0 else None, 6)) == [b"a plan"]
+    if behaviour == "dies" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "hangs" and rank == 1:
+        time.sleep(6)
+        os._exit(0)
+    exchange.send_row(np.array([1.0]))
+    if behaviour == "dies":
+        try:
+            arrived(exchange, 6)
+            print(rank, "no error", flush=True)
+        except ExchangeError:
+            print(rank, "error", flush=True)
+    start_s = time.monotonic()
+    exchange.close(0.5)
+    print(rank, "closed", time.monotonic() - start_s < 2.0, flush=True)
+    if behaviour == "well":
+        dist.barrier()
+    if behaviour != "dies":
+        dist.destroy_process_group()
+    print(rank, "left", time.monotonic() - start_s < 3.0, flush=True)
+
+pids = []
+for rank in range(3):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            rank_main(rank, sys.argv[2])
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    pids.append(pid)
+print("statuses", [os.waitpid(pid, 0)[1] for pid in pids], flush=True)
+"""
+
+
+def _run(behaviour: str, tmp_path: Path) -> set[str]:
+    pytest.importorskip("torch")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _RANK, str(tmp_path / "store"), behaviour],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return set(done.stdout.splitlines()) | {line for line in done.stderr.splitlines() if "Error" in line}
+
+
+def test_rows_and_parcels_reach_every_rank_of_a_torch_job(tmp_path: Path) -> None:
+    """Three processes over gloo; all leave in order."""
+    lines = _run("well", tmp_path)
+    assert "statuses [0, 0, 0]" in lines
+    assert {f"{rank} left True" for rank in range(3)} <= lines
+
+
+def test_a_rank_that_dies_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    """The others are told at once and can leave."""
+    lines = _run("dies", tmp_path)
+    assert {"0 error", "2 error", "0 closed True", "2 closed True", "0 left True", "2 left True"} <= lines
+    assert f"statuses [0, {signal.SIGKILL.value}, 0]" in lines
+
+
+def test_a_rank_that_hangs_holds_up_nobody_who_leaves(tmp_path: Path) -> None:
+    """An open operation is left behind, also when the program destroys its process groups."""
+    lines = _run("hangs", tmp_path)
+    assert {"0 closed True", "2 closed True", "0 left True", "2 left True"} <= lines
+
+
+def test_rows_wait_for_the_last_rank_but_not_for_good() -> None:
+    """Whoever asks too early gets nothing, and all of it later, in order."""
+    first, second = in_process_exchanges(2)
+    for n in range(3):
+        first.send_row(np.array([float(n)]))
+    start_s = time.monotonic()
+    assert first.arrived_rows(1, 0.05) == []
+    assert time.monotonic() - start_s < 5
+    for n in range(3):
+        second.send_row(np.array([10.0 + n]))
+    assert [rows[:, 0].tolist() for rows in first.arrived_rows(3, 1.0)] == [[0, 10], [1, 11], [2, 12]]
+
+
+def test_a_job_of_one_rank_talks_to_itself() -> None:
+    """Without torch."""
+    exchange = LocalExchange()
+    assert exchange.introduce(np.array([1.0])).tolist() == [[1.0]]
+    exchange.send_row(np.array([2.0]))
+    assert [rows.tolist() for rows in exchange.arrived_rows(1, 1.0)] == [[[2.0]]]
+    assert exchange.collect(b"abc", [3]).content() == [b"abc"]
+    assert exchange.distribute(b"plan", 4).content() == [b"plan"]

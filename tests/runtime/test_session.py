@@ -1,0 +1,260 @@
+"""Whole jobs: four processes over gloo, simulated GPUs behind the real `pynvml`, every fault while training runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perseus_core.gpu import simulated
+from perseus_core.gpu.simulated.description import Description
+from tests.conftest import REPOSITORY
+from tests.runtime.pipeline import PipelineJob, log_of, run
+
+pytest.importorskip("torch")
+
+TIME_SCALE = 0.08
+# Wide tolerances: on a busy machine processes run late, and these tests are about what the session does, not how well.
+QUICK = {
+    "enabled": True,
+    "warmup_iterations": 1,
+    "baseline_iterations": 3,
+    "profile_clocks": 4,
+    "profile_iterations": 1,
+    "watch_iterations": 4,
+    "tolerance": 0.5,
+}
+SET_CLOCKS = "nvmlDeviceSetGpuLockedClocks"
+
+MakeNode = Callable[[], Path]
+
+
+@pytest.fixture(scope="module")
+def make_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeNode]:
+    """Fresh GPUs for each job, in memory where there is room."""
+    shared_memory = Path("/dev/shm")
+    base = Path(tmp_path_factory.mktemp("nodes")) if not shared_memory.is_dir() else shared_memory
+    folders: list[Path] = []
+
+    def make() -> Path:
+        folder = base / f"perseus-test-session-{time.monotonic_ns()}"
+        folder.mkdir()
+        folders.append(folder)
+        description = dataclasses.replace(
+            Description.load(REPOSITORY / "configs" / "gpus" / "a100.json"),
+            time_scale=TIME_SCALE,
+            clock_latency_s=0.015 * TIME_SCALE,
+            energy_counter_period_s=0.1 * TIME_SCALE,
+        )
+        simulated.create_node(description, folder)
+        return folder
+
+    yield make
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+@dataclasses.dataclass
+class Ran:
+    """A job that has run."""
+
+    job: PipelineJob
+    ranks: list[dict[str, Any] | None]
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        assert all(rank is not None for rank in self.ranks), f"a rank did not finish, see {self.job.out}"
+        return [rank for rank in self.ranks if rank is not None]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Without those that a busy machine causes: of instructions that take longer than they should."""
+        lines = [line for rank in range(4) for line in log_of(self.job, rank) if " WARNING " in line]
+        return [line for line in lines if "slower than its profile" not in line or "power or heat" in line]
+
+    def locked_gpus(self, patience_s: float = 4.0) -> list[int]:
+        """GPUs whose clock is still locked, after the watchdog has had its time."""
+        node = simulated.open_node(self.job.node)
+        end_s = time.monotonic() + patience_s
+        while True:
+            locked = [gpu.identity.index for gpu in node.gpus if gpu.state().locked_mhz]
+            if not locked or time.monotonic() > end_s:
+                return locked
+            time.sleep(0.05)
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture(scope="module")
+def run_job(make_node: MakeNode, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    def run_it(iterations: int, settings: dict[str, Any], **options: Any) -> Ran:
+        out = tmp_path_factory.mktemp("job")
+        job = PipelineJob(str(make_node()), str(out), settings, iterations, **options)
+        return Ran(job, run(job, timeout_s=120))
+
+    return run_it
+
+
+@pytest.fixture(scope="module")
+def plain(run_job: Run) -> Ran:
+    """The job without us: what the losses must be."""
+    return run_job(24, {"enabled": False})
+
+
+@pytest.fixture(scope="module")
+def state_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state") / "session.json"
+
+
+@pytest.fixture(scope="module")
+def planned(run_job: Run, state_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The job under the session from the first iteration to the verdict on its plan."""
+    settings = {
+        **QUICK,
+        "state_file": str(state_file),
+        "profile_cache": str(state_file.parent),
+        "frontier_file": str(state_file.parent / "frontier.json"),
+    }
+    return run_job(60, settings)
+
+
+@pytest.fixture
+def restarted(run_job: Run, planned: Ran, state_file: Path, tmp_path: Path) -> Run:
+    """Jobs that go on from the state of `planned`."""
+
+    def go_on(iterations: int, **options: Any) -> Ran:
+        copy = tmp_path / "session.json"
+        shutil.copy(state_file, copy)
+        return run_job(iterations, {**QUICK, "state_file": str(copy), "profile_cache": "off"}, **options)
+
+    return go_on
+
+
+def _losses(ran: Ran, count: int) -> list[list[float]]:
+    return [rank["losses"][:count] for rank in ran.finished]
+
+
+def _energies_j(ran: Ran) -> list[float]:
+    total = [sum(of_ranks) for of_ranks in zip(*(rank["energies_j"] for rank in ran.finished), strict=True)]
+    return [after - before for before, after in zip(total, total[1:], strict=False)]
+
+
+def test_a_job_is_profiled_planned_and_saves_what_was_promised(planned: Ran) -> None:
+    """Read from the simulated GPUs' exact energy; how closely is the benchmark's business."""
+    status = planned.finished[0]["status"]
+    assert status["phase"] == "run"
+    assert status["plan"] >= 1
+    assert status["promised_saving"] > 0.05
+    energies_j = _energies_j(planned)
+    saved = 1 - sum(energies_j[-8:]) / sum(energies_j[1:9])
+    assert saved == pytest.approx(status["promised_saving"], abs=0.08)
+
+
+def test_the_numbers_of_training_are_the_same(planned: Ran, plain: Ran) -> None:
+    """Bit for bit, on every rank."""
+    assert _losses(planned, 24) == _losses(plain, 24)
+
+
+def test_the_clocks_are_given_back_at_the_end(planned: Ran) -> None:
+    """On every GPU."""
+    assert planned.locked_gpus() == []
+
+
+def test_the_log_is_short_and_rank_0s(planned: Ran) -> None:
+    """Progress, the plan, what was measured: nothing else and nobody else."""
+    assert [line for line in planned.warnings if "slower than its profile" not in line] == []
+    assert [log_of(planned.job, rank) for rank in (1, 2, 3)] == [[], [], []]
+    lines = log_of(planned.job)
+    assert any("profiling clock 2 of 4" in line for line in lines)
+    assert any("plan applied from iteration" in line and "% less energy" in line for line in lines)
+    assert any("measured in iterations" in line for line in lines)
+    assert len([line for line in lines if " INFO " in line]) < 20
+
+
+def test_the_frontier_is_written_for_other_tools(planned: Ran, state_file: Path) -> None:
+    """`perseus` commands read it."""
+    from perseus_core.planning.frontier_file import load_frontier
+
+    assert load_frontier(state_file.parent / "frontier.json").problem.schedule.num_stages == 4
+
+
+def test_a_cached_profile_is_not_measured_again(run_job: Run, planned: Ran, state_file: Path) -> None:
+    """The baseline is, and a plan follows."""
+    ran = run_job(20, {**QUICK, "profile_cache": str(state_file.parent)})
+    status = ran.finished[0]["status"]
+    assert (status["profiling_iterations"], status["plan"]) == (0, 1)
+
+
+def test_a_restarted_job_follows_odd_iterations_and_sees_a_throttled_gpu(restarted: Run, plain: Ran) -> None:
+    """It runs its plan from the first iterations on; heat is seen within three iterations and planned for."""
+    hot = {"rank": 2, "iteration": 14, "what": "throttle", "value": 900}
+    ran = restarted(34, evaluate_every=9, short_every=7, faults=[hot])
+    applied = [line for line in log_of(ran.job) if "plan applied from iteration" in line]
+    assert int(applied[0].split("from iteration ")[1].split(":")[0]) <= 8
+    assert len(applied) >= 2, "a plan for the job as it is now"
+    slow = [line for line in ran.warnings if "stage 2 (rank 2)" in line and "slower than its profile" in line]
+    assert "power or heat holds its clock down" in slow[0]
+    assert int(slow[0].split("of iteration ")[1].split(" ")[0]) <= 17
+    assert sum("an evaluation has no plan" in line for line in ran.warnings) == 1
+    assert sum("4 microbatches has no plan" in line for line in ran.warnings) == 1
+    assert ran.locked_gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "message"),
+    [
+        ("deny", None, "no permission"),
+        ("unsupported", SET_CLOCKS, "not supported"),
+        ("hang", SET_CLOCKS, "has not answered"),
+        ("lose", None, "the GPU is lost"),
+    ],
+)
+def test_a_gpu_fault_ends_the_plan_and_not_the_training(
+    restarted: Run, plain: Ran, what: str, value: Any, message: str
+) -> None:
+    """While a plan runs: losses unchanged, clocks reset, one log line that says why."""
+    ran = restarted(30 if what == "hang" else 22, faults=[{"rank": 1, "iteration": 10, "what": what, "value": value}])
+    assert _losses(ran, 22) == _losses(plain, 22)
+    warnings = [line for line in ran.warnings if "slower than its profile" not in line]
+    assert [message in line for line in warnings] == [True]
+    # A driver that refuses to set a clock refuses to reset it, too, and a lost GPU hears nothing.
+    out_of_reach = {"deny": [1], "lose": [1]}.get(what, [])
+    assert [gpu for gpu in ran.locked_gpus(0.5 if out_of_reach else 4.0) if gpu not in out_of_reach] == []
+    assert all(rank["closing_s"] < 6 for rank in ran.finished)
+
+
+def test_an_error_of_ours_ends_us_and_not_the_training(restarted: Run, plain: Ran) -> None:
+    """The other ranks learn it and step aside; a killed watchdog before that is only replaced."""
+    faults = [
+        {"rank": 0, "iteration": 8, "what": "kill_watchdog"},
+        {"rank": 1, "iteration": 14, "what": "raise"},
+    ]
+    ran = restarted(22, faults=faults)
+    assert _losses(ran, 22) == _losses(plain, 22)
+    assert [rank["status"]["phase"] for rank in ran.finished] == ["stepped aside"] * 4
+    assert len([line for line in ran.warnings if "ZeroDivisionError" in line]) == 1
+    assert ran.locked_gpus() == []
+
+
+def test_a_killed_rank_leaves_no_clock_locked(restarted: Run) -> None:
+    """Neither its own nor those of the ranks that die of it."""
+    ran = restarted(40, faults=[{"rank": 2, "iteration": 12, "what": "kill"}])
+    assert ran.ranks[2] is None
+    assert ran.locked_gpus() == []
+    statuses = (Path(ran.job.out) / "statuses.json").read_text()
+    assert str(signal.SIGKILL.value) in statuses
+
+
+def test_a_slower_pipeline_elsewhere_is_planned_for(restarted: Run) -> None:
+    """T' is set from outside while the job runs, on any rank."""
+    ran = restarted(24, faults=[{"rank": 3, "iteration": 8, "what": "straggler", "value": 1.2}])
+    status = ran.finished[0]["status"]
+    assert status["plan"] == 2
+    assert 0.1 < status["promised_slowdown"] < 0.21
