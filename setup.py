@@ -18,7 +18,7 @@ setup(
         Extension(
             "perseus_core.planning._native",
             sources=sorted(map(str, Path("perseus_core/planning/native").glob("*.c"))),
-            depends=["perseus_core/planning/native/native.h"],
+            depends=sorted(map(str, Path("perseus_core/planning/native").glob("*.h"))),
             extra_compile_args=["-O3", "-std=c99"],
         )
     ],

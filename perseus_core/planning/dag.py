@@ -109,17 +109,18 @@ class ComputationDag(Dag):
 
     @classmethod
     def of(cls, schedule: Schedule, transfer_latency_s: float = 0.0) -> ComputationDag:
-        """Builds the DAG: order within each stage, and the transfers of activations and gradients between stages.
+        """Builds the DAG: the order within each stage, and the transfers of activations and gradients between them.
 
         Raises:
             InputError: if the schedule's order makes its instructions wait for each other in a circle.
         """
         place = {instruction: i for i, instruction in enumerate(schedule.instructions)}
         within = [(place[before], place[after], 0.0) for order in schedule.stages for before, after in pairwise(order)]
+        # What the order of a stage implies needs no edge of its own; what contradicts it must have one, to be found.
         across = [
             (place[before], place[after], transfer_latency_s if before.stage != after.stage else 0.0)
             for before, after in data_dependencies(schedule)
-            if before in place and after in place
+            if before in place and not (before.stage == after.stage and place[before] < place[after])
         ]
         predecessor, successor, latency = zip(*(within + across), strict=True) if within + across else ((), (), ())
         return cls(len(place), np.array(predecessor), np.array(successor), np.array(latency), schedule)

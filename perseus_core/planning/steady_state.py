@@ -5,8 +5,8 @@ six to eight microbatches for each stage, repeats the durations and the flow of 
 what does not fit where the pieces meet. It pays from some 50,000 instructions on.
 
 At one marginal power each further microbatch adds the same time and the same energy, once there are enough. Measured on
-8 stages, at 58 powers over the whole frontier, to 1e-12: from 3 microbatches for each stage on for the published profiles
-(from 2 for Bloom, and for nine powers in ten), from 4 when stages differ by 3 %. `long_frontier` builds on that.
+8 stages with 1F1B, at 58 powers over the whole frontier, to 1e-12: from 2 microbatches for each stage on for Bloom,
+from 3 for GPT-3, from 4 when its stages differ by 3 %. Before that, only some powers do. `long_frontier` builds on it.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def long_frontier(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Times [s] and energies [J] of the frontier of a long iteration, ascending in time, from two short ones.
 
-    Exact where both are in the steady state already (see above; six microbatches for each stage are on the safe side). The
-    proof for any of its points is `solve_long(...).bound_j`.
+    Exact where both are in the steady state already (see above; six microbatches for each stage are on the safe side).
+    It proves nothing by itself: the proof for any of its points is the bound of `solve_long`.
 
     Args:
         shorter, short: whole frontiers of one pipeline with two numbers of microbatches.
@@ -84,19 +84,20 @@ def long_frontier(
     """
     few, more = (frontier.problem.schedule.num_microbatches for frontier in (shorter, short))
     further = (num_microbatches - more) / (more - few)
-    powers_w = np.sort(np.concatenate([shorter.marginal_power_w, short.marginal_power_w]))[::-1]
+    powers_w = np.sort(np.concatenate([shorter.marginal_power_w, short.marginal_power_w, [-np.inf]]))[::-1]
     # One power, found in both, differs in its last digits.
     distinct = powers_w[:-1] - powers_w[1:] > 1e-9 * powers_w[0]
-    just_below_w = np.append(powers_w[:-1][distinct] + powers_w[1:][distinct], 2 * powers_w[-1] - powers_w[0]) / 2
-    columns = []
-    for name in ("times_s", "energies_j"):
-        # The vertex at which a frontier stands for a power: all steeper segments lie at shorter times.
-        at_power = [
-            getattr(frontier, name)[np.append(0, (frontier.marginal_power_w[:, None] > just_below_w).sum(axis=0))]
-            for frontier in (shorter, short)
-        ]
-        columns.append(at_power[1] + further * (at_power[1] - at_power[0]))
-    return columns[0], columns[1]
+    just_below_w = (powers_w[:-1][distinct] + powers_w[1:][distinct]) / 2
+    few_at, more_at = (_vertices_at(frontier, just_below_w) for frontier in (shorter, short))
+    times_s = (1 + further) * short.times_s[more_at] - further * shorter.times_s[few_at]
+    energies_j = (1 + further) * short.energies_j[more_at] - further * shorter.energies_j[few_at]
+    return times_s, energies_j
+
+
+def _vertices_at(frontier: Frontier[PipelineProblem], powers_w: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The fastest vertex, then for each power the vertex before which all segments are steeper."""
+    ascending_w = np.minimum.accumulate(frontier.marginal_power_w)[::-1]
+    return np.append(0, len(ascending_w) - np.searchsorted(ascending_w, powers_w, side="right"))
 
 
 def _time_range_s(problem: PipelineProblem) -> tuple[float, float]:

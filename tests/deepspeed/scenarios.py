@@ -261,3 +261,152 @@ def train_under_a_plan(config: dict[str, Any], stages: int, iterations: int) -> 
     result = {"stage": engine.stage_id, "laps": laps, "status": values, "planned": planned}
     stop()
     return result
+
+
+def faults() -> dict[str, Any]:
+    """One thing after another that must not hurt the training; returns what was seen of each."""
+    from perseus_ds import session_of, start as perseus_start
+    from perseus_ds.simulated_work import occupy_simulated_gpus
+
+    start()
+    occupy_simulated_gpus()
+    seen: dict[str, Any] = {}
+    config = {**batch_config(4), "perseus": QUICK}
+
+    reference, _ = losses(batch_config(4), 2, 8)
+
+    # A typo in the block
+    try:
+        make_engine({**batch_config(4), "perseus": {"enabled": True, "max_slowdwon": 0.1}}, 2)
+    except Exception as error:
+        seen["typo"] = str(error)
+
+    # An exception inside our hook
+    engine = make_engine(config, 2)
+    batches = data(engine)
+    values = []
+    for iteration in range(8):
+        if iteration == 4:
+            session = session_of(engine)
+            session.begin_instruction = _raise
+        values.append(engine.train_batch(batches).item())
+    seen["broken hook"] = {
+        "same losses": values == reference,
+        "hooks are off": "_INSTRUCTION_MAP" not in vars(engine) and "_exec_schedule" not in vars(engine),
+    }
+    engine.destroy()
+
+    # A second engine beside one that is followed
+    first, second = make_engine(config, 2), make_engine(config, 2)
+    firsts, seconds = data(first), data(second)
+    values = []
+    for _ in range(4):
+        first.train_batch(firsts)
+        values.append(second.train_batch(seconds).item())
+    seen["second engine"] = {
+        "same losses": values == reference[:4],
+        "followed": [session_of(first) is not None, session_of(second) is not None],
+    }
+    first.destroy()
+    second.destroy()
+
+    # A DeepSpeed that differs
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    execute_schedule = PipelineEngine._exec_schedule
+    PipelineEngine._exec_schedule = lambda self, pipe_schedule: execute_schedule(self, pipe_schedule)
+    seen["differs"] = losses(config, 2, 4)[0] == reference[:4]
+    PipelineEngine._exec_schedule = execute_schedule
+
+    # An engine without a pipeline
+    model = torch.nn.Linear(WIDTH, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    loss = plain(torch.ones(2, WIDTH)).sum()
+    plain.backward(loss)
+    seen["no pipeline"] = loss.item()
+    stop()
+    return seen
+
+
+def _raise(*_: Any, **__: Any) -> None:
+    raise RuntimeError("broken on purpose")
+
+
+def short_job(perseus: dict[str, Any] | None, iterations: int = 8, kill: int | None = None) -> dict[str, Any]:
+    """A job of a few batches on 2 ranks; one rank may be killed in the middle."""
+    import os
+    import signal
+
+    if os.environ.get("PERSEUS_SIMULATED_GPUS"):
+        from perseus_ds.simulated_work import occupy_simulated_gpus
+
+        occupy_simulated_gpus()
+    start()
+    block = {} if perseus is None else {"perseus": perseus}
+    engine = make_engine({**batch_config(4), **block}, 2)
+    batches = data(engine)
+    values = []
+    for iteration in range(iterations):
+        if iteration == iterations // 2 and kill == engine.global_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        values.append(engine.train_batch(batches).item())
+    stop()
+    return {"losses": values}
+
+
+def checkpointed_job(perseus: dict[str, Any], folder: str, iterations: int, resume: bool) -> dict[str, Any]:
+    """A job that goes on from a checkpoint, or makes one at its end; returns the session's status at each iteration."""
+    from perseus_ds import session_of
+    from perseus_ds.simulated_work import occupy_simulated_gpus
+
+    start()
+    occupy_simulated_gpus()
+    engine = make_engine({**batch_config(4), "perseus": perseus}, 2)
+    batches = data(engine)
+    if resume:
+        engine.load_checkpoint(folder)
+    phases, plans, saving = [], [], 0.0
+    for _ in range(iterations):
+        engine.train_batch(batches)
+        session = session_of(engine)
+        if session is not None:
+            phases.append(session.status().phase.value)
+            plans.append(session.status().plan)
+            saving = session.status().promised_saving
+    if not resume:
+        engine.save_checkpoint(folder)
+    stop()
+    return {"phases": phases, "plans": plans, "promised_saving": saving}
+
+
+def run_configs(paths: list[str]) -> dict[str, Any]:
+    """Every ready-made config as it is, but for the size of its batch; returns what was understood of it."""
+    import json
+    from pathlib import Path
+
+    from perseus_ds import session_of
+    from perseus_ds.simulated_work import occupy_simulated_gpus
+
+    start()
+    occupy_simulated_gpus()
+    seen = {}
+    for path in paths:
+        config = json.loads(Path(path).read_text())
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            config.pop(key, None)
+        config.update(batch_config(4))
+        engine = make_engine(config, 2)
+        batches = data(engine)
+        values = [engine.train_batch(batches).item() for _ in range(4)]
+        session = session_of(engine)
+        settings = session._settings
+        seen[path] = {
+            "losses": values,
+            "phase": session.status().phase.value,
+            "max_slowdown": settings.max_slowdown,
+            "measure_only": settings.measure_only,
+        }
+        engine.destroy()
+    stop()
+    return seen

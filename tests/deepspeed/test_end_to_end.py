@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -41,8 +42,8 @@ class Job:
         return under[1:]
 
     def energy_j(self, iterations: list[int]) -> float:
-        """Mean over iterations, all stages together."""
-        return sum(rank["laps"][i]["energy_j"] for rank in self.ranks for i in iterations) / len(iterations)
+        """Median over iterations, all stages together."""
+        return statistics.median(sum(rank["laps"][i]["energy_j"] for rank in self.ranks) for i in iterations)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
 
 import perseus_megatron
 from demo.megatron_gpt import Sizes, Training
@@ -165,3 +166,15 @@ def train(
     followed.close()
     stop()
     return result
+
+
+def train_without_gpus() -> dict[str, Any]:
+    """Three iterations on the CPU, with no simulated GPUs."""
+    start()
+    training = Training(Sizes(2), TEXT)
+    followed = perseus_megatron.enable({"enabled": True}, training.model)
+    for _ in range(3):
+        training.step(2)
+    stop()
+    hooked = hasattr(schedules.forward_step, "__wrapped__")
+    return {"is_followed": followed.is_followed, "hooked": hooked}

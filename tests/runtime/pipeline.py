@@ -6,6 +6,8 @@ little arithmetic whose result depends on every instruction in order: the loss t
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import logging
 import os
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,20 +62,16 @@ def run(job: PipelineJob, timeout_s: float = 300) -> list[dict[str, Any] | None]
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "job.json").write_text(json.dumps(asdict(job)))
-    from perseus_core.gpu.simulated.command import environment_for
-
-    environment = environment_for(job.node, os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment["PYTHONPATH"]])
-    environment.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.runtime.pipeline", str(out / "job.json")], env=environment, start_new_session=True
-    )
-    try:
-        process.wait(timeout_s)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(f"{out / 'job.json'}\n")
+    server.stdin.flush()
+    pid = int(server.stdout.readline())
+    end_s = time.monotonic() + timeout_s
+    while not (out / "statuses.json").exists() and time.monotonic() < end_s:
+        time.sleep(0.02)
+    if not (out / "statuses.json").exists():
+        os.killpg(pid, signal.SIGKILL)
     results: list[dict[str, Any] | None] = []
     for rank in range(job.num_stages * job.data_parallel):
         path = out / f"rank{rank}.json"
@@ -80,15 +79,53 @@ def run(job: PipelineJob, timeout_s: float = 300) -> list[dict[str, Any] | None]
     return results
 
 
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """A process that has imported torch once and forks the jobs."""
+    hook = str(ROOT / "perseus_core" / "gpu" / "simulated" / "hook")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), hook, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.runtime.pipeline"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(server.kill)
+    return server
+
+
 def log_of(job: PipelineJob, rank: int = 0) -> list[str]:
     """The log lines of a rank."""
     return (Path(job.out) / f"rank{rank}.log").read_text().splitlines()
 
 
-def _main(job: PipelineJob) -> int:
-    import torch  # noqa: F401  (once, before the ranks are forked)
+def _serve() -> None:
+    """Reads paths of job files from stdin, starts each job in a session of its own and prints its process id."""
+    import torch  # noqa: F401  (once, before anything is forked)
     import torch.distributed  # noqa: F401
 
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for line in sys.stdin:
+        job = PipelineJob(**json.loads(Path(line.strip()).read_text()))
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            _run_ranks(job)
+            os._exit(0)
+        print(pid, flush=True)
+
+
+def _run_ranks(job: PipelineJob) -> None:
+    from perseus_core.gpu import simulated
+
+    os.environ[simulated.ENVIRONMENT_VARIABLE] = job.node
+    simulated.install()
     pids = []
     for rank in range(job.num_stages * job.data_parallel):
         pid = os.fork()
@@ -98,15 +135,13 @@ def _main(job: PipelineJob) -> int:
                 _train(rank, job)
                 status = 0
             except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            sys.stderr.flush()
+                (Path(job.out) / f"rank{rank}.error").write_text(traceback.format_exc())
             os._exit(status)
         pids.append(pid)
     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    (Path(job.out) / "statuses.json").write_text(json.dumps(statuses))
-    return 0
+    unfinished = Path(job.out) / "statuses.unfinished"
+    unfinished.write_text(json.dumps(statuses))
+    unfinished.rename(Path(job.out) / "statuses.json")
 
 
 def _train(rank: int, job: PipelineJob) -> None:
@@ -286,4 +321,4 @@ def _watchdogs(pid: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(PipelineJob(**json.loads(Path(sys.argv[1]).read_text()))))
+    _serve()

@@ -1,0 +1,177 @@
+"""Whole jobs: the real Megatron in 4 processes, simulated GPUs behind the real `pynvml`, real sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perseus_core.gpu import simulated
+from perseus_core.gpu.simulated.execution_log import read_executed
+from perseus_core.planning.schedule import one_f_one_b
+from perseus_core.gpu.simulated.faults import deny_permission
+from tests.megatron.gpus import environment, simulated_gpus
+from tests.megatron.launcher import Finished, launch
+from tests.runtime.simulated_machine import wait_until
+
+# Wide tolerances: on a busy machine processes run late, and these tests are about what happens, not how well.
+QUICK: dict[str, Any] = {
+    "enabled": True,
+    "warmup_iterations": 1,
+    "baseline_iterations": 2,
+    "profile_clocks": 3,
+    "profile_iterations": 1,
+    "watch_iterations": 2,
+    "tolerance": 0.5,
+    "profile_cache": "off",
+}
+
+
+@pytest.fixture(params=["pp4 vpp2", "pp2 dp2"], scope="module")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The same training without and with a session, to the plan and beyond; evaluated in between."""
+    sizes = {"pp4 vpp2": {"stages": 4, "chunks": 2}, "pp2 dp2": {"stages": 2}}[request.param]
+    with simulated_gpus(chunks=sizes.get("chunks", 1), time_scale=0.05) as node:
+        return launch(
+            "train",
+            4,
+            tmp_path_factory.mktemp("trained"),
+            environment=environment(node),
+            sizes=sizes,
+            microbatches=4,
+            iterations=40,
+            settings=QUICK,
+            evaluate_every=7,
+            also_without=True,
+        ).results_of_all()
+
+
+def test_job_is_profiled_and_planned(trained: list[dict[str, Any]]) -> None:
+    """A plan that promises less energy is applied on all ranks at the same iteration."""
+    assert all(rank["plans"] == trained[0]["plans"] for rank in trained)
+    assert trained[0]["plans"][-1] > 0
+    assert trained[0]["promised"][0] > 0.03
+
+
+def test_losses_are_bit_identical(trained: list[dict[str, Any]]) -> None:
+    """Every iteration has exactly the loss that it has without us."""
+    for rank in trained:
+        assert rank["losses"] == rank["losses_without"]
+    assert any(loss for rank in trained for loss in rank["losses"])
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finished, simulated.SimulatedNode, Path]]:
+    """PP4 with instructions of 33 to 77 ms and the real latency, long enough for some iterations under a plan."""
+    folder = tmp_path_factory.mktemp("planned")
+    settings = {**QUICK, "frontier_file": str(folder / "frontier.json"), "state_file": str(folder / "session.json")}
+    with simulated_gpus(time_scale=0.5, clock_latency_s=0.015, energy_counter_period_s=0.05) as node:
+        finished = launch(
+            "train",
+            4,
+            folder,
+            environment=environment(node),
+            sizes={"stages": 4},
+            microbatches=4,
+            iterations=34,
+            settings=settings,
+        )
+        yield finished, node, folder
+
+
+def test_instructions_run_at_their_planned_clocks(
+    planned: tuple[Finished, simulated.SimulatedNode, Path],
+) -> None:
+    """From the second iteration under the plan on, as the simulated driver saw it."""
+    finished, node, _ = planned
+    for rank in finished.results_of_all():
+        order = one_f_one_b(4, 4).stages[rank["stage"]]
+        ran = [executed for executed in read_executed(node.folder) if executed.gpu == rank["rank"]]
+        iterations = [ran[i : i + len(order)] for i in range(0, len(ran), len(order))]
+        under_plan = [i for i, plan in enumerate(rank["plans"]) if plan == rank["plans"][-1]][2:]
+        assert len(under_plan) >= 2
+        clocks_mhz = rank["planned_mhz"]
+        shares = [
+            executed.share_at(clock_mhz)
+            for number in under_plan
+            for executed, clock_mhz in zip(iterations[number], clocks_mhz, strict=True)
+        ]
+        assert sum(share >= 0.8 for share in shares) >= 0.9 * len(shares)
+        labels = [(i["microbatch"]) for i in (executed.label for executed in iterations[under_plan[0]])]
+        assert labels == [i.microbatch for i in order]
+
+
+def test_clocks_are_given_back(planned: tuple[Finished, simulated.SimulatedNode, Path]) -> None:
+    """After the job no GPU's clock is locked."""
+    _, node, _ = planned
+    assert not any(gpu.state().locked_mhz for gpu in node.gpus)
+
+
+def run_quick(folder: Path, **arguments: Any) -> Finished:
+    """Two stages, soon over; afterwards no clock is locked."""
+    with simulated_gpus(time_scale=0.03) as node:
+        finished = launch(
+            "train",
+            2,
+            folder,
+            environment=environment(node),
+            sizes={"stages": 2},
+            microbatches=2,
+            iterations=12,
+            settings=QUICK,
+            **arguments,
+        )
+        wait_until(lambda: not any(gpu.state().locked_mhz for gpu in node.gpus), limit_s=6.0)
+    return finished
+
+
+def test_error_of_ours_leaves_training_alone(tmp_path: Path) -> None:
+    """One warning, clocks given back, and all iterations are trained with the losses that they have without us."""
+    finished = run_quick(tmp_path, fault="error_in_hook", at=6, also_without=True)
+    for rank in finished.results_of_all():
+        assert rank["losses"] == rank["losses_without"]
+    assert not finished.results[1]["is_followed"]
+    assert finished.output.count("broken on purpose; training goes on without perseus") == 1
+
+
+def test_killed_rank_leaves_no_clock_locked(tmp_path: Path) -> None:
+    """The other rank's training ends by its own error, and both GPUs are given back."""
+    finished = run_quick(tmp_path, fault="killed", at=8)
+    assert finished.statuses[1] == -9
+    assert finished.statuses[0] != 0
+
+
+def test_second_training_is_left_alone(tmp_path: Path) -> None:
+    """One training of a process is followed at a time, and the log says so."""
+    finished = run_quick(tmp_path, fault="second_training", at=3)
+    assert all(rank["is_followed"] for rank in finished.results_of_all())
+    assert finished.output.count("this process follows another training already") == 1
+
+
+def test_without_gpus_training_goes_on(tmp_path: Path) -> None:
+    """A job on the CPU has one line that says why nothing is done."""
+    finished = launch("train_without_gpus", 2, tmp_path)
+    for rank in finished.results_of_all():
+        assert rank == {"is_followed": False, "hooked": False}
+    assert finished.output.count("not on an NVIDIA GPU") == 1
+
+
+def test_missing_permission_leaves_measuring(tmp_path: Path) -> None:
+    """Where clocks may not be set, the job is trained to its end and the log names the reason once."""
+    with simulated_gpus(time_scale=0.03) as node:
+        for gpu in node.gpus:
+            deny_permission(gpu)
+        finished = launch(
+            "train",
+            2,
+            tmp_path,
+            environment=environment(node),
+            sizes={"stages": 2},
+            microbatches=2,
+            iterations=12,
+            settings=QUICK,
+        )
+    assert all(rank["plans"] == [0] * 12 for rank in finished.results_of_all())
+    assert finished.output.count("measuring only") == 1
