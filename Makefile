@@ -1,25 +1,34 @@
-# make demo   sets up and runs the main job; figures go to demo-output/
-# make test   sets up and passes the tests
-# make lint   formatting, linting, types
+# make demo            sets up, then trains a small GPT pipeline with DeepSpeed on simulated GPUs, before and under a plan
+# make demo-megatron   the same with Megatron
+# make compare         plans a measured pipeline beside Zeus, EnvPipe and the published plan
+# make test            sets up, then passes the tests
+# make lint            formatting, linting, types
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := $(wildcard perseus_core/planning/native/*)
 
 # Measured data of the Perseus paper where it lies beside this repository, else a profile of our own.
 PUBLISHED := ../shared/data/sosp24
 ifneq ($(wildcard $(PUBLISHED)/stage_profile/gpt3-175b+a100_sxm_bf16.csv),)
-DEMO_ARGUMENTS := "$(PUBLISHED)/stage_profile/gpt3-175b+a100_sxm_bf16.csv" --blocking-power 83.64 --trust-profile \
+COMPARED := "$(PUBLISHED)/stage_profile/gpt3-175b+a100_sxm_bf16.csv" --blocking-power 83.64 --trust-profile \
   --published "$(PUBLISHED)/published_frontier/a100_sxm_gpt3-175b_bf16_mb24.csv"
 else
-DEMO_ARGUMENTS := configs/profiles/gpt3-175b_a100_8stages.csv --blocking-power 83.5
+COMPARED := configs/profiles/gpt3-175b_a100_8stages.csv --blocking-power 83.5
 endif
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-megatron compare test lint clean
 
 demo: $(READY)
-	$(BIN)/perseus compare $(DEMO_ARGUMENTS) --microbatches 24 -o demo-output
+	$(BIN)/python -m demo.run
+
+demo-megatron: $(READY)
+	$(BIN)/python -m demo.run_megatron
+
+compare: $(READY)
+	$(BIN)/perseus compare $(COMPARED) --microbatches 24 -o demo-output/compare
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -29,15 +38,16 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt lowtime
-	$(BIN)/python -m benchmarks.planner
-
+# torch comes first: DeepSpeed looks for it while it is installed.
 $(READY): setup.py constraints.txt $(NATIVE)
-	@echo "Setting up $(VENV) (once, about a minute) ..."
+	@echo "Setting up $(VENV), once; two minutes after the first download ..."
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[report,gpu,test]"
+	@echo "  torch"
+	@$(PIP) setuptools wheel torch
+	@echo "  DeepSpeed and Megatron-core"
+	@$(PIP) deepspeed megatron-core
+	@echo "  Perseus"
+	@$(PIP) --no-build-isolation --editable ".[report,gpu,test]"
 	@touch $@
 
 clean:

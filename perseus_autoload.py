@@ -6,9 +6,17 @@ nothing shadows, raises nothing, and imports nothing of this package until a fra
 imported. `PERSEUS_DISABLE=1` switches it off.
 """
 
+from __future__ import annotations
+
 import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 DISABLING_VARIABLE = "PERSEUS_DISABLE"
 
@@ -32,7 +40,7 @@ def autoload() -> None:
         for framework_module in _AWAITED:
             await_import(framework_module)
     except Exception as error:
-        _say(error)
+        say_not_active(error)
 
 
 def await_import(framework_module: str) -> None:
@@ -55,37 +63,40 @@ def _activate(framework_module: str) -> None:
         adapter = importlib.import_module(_AWAITED[framework_module])
         adapter.activate(sys.modules[framework_module])
     except Exception as error:  # the framework must be imported, whatever happens here
-        _say(error)
+        say_not_active(error)
 
 
-def _say(error: Exception) -> None:
+def say_not_active(error: Exception) -> None:
+    """The one line about something of ours that failed so early that nothing else of ours can be relied on."""
     if os.environ.get("RANK", "0") == "0":
         print(f"perseus: not active, training is untouched: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 class _Watcher:
-    """A finder that finds nothing itself: it lets the others find what is awaited, and hears when that has been executed."""
+    """A finder that finds nothing itself: it lets the others find what is awaited, and hears when that is complete."""
 
-    awaited: set = set()
+    awaited: ClassVar[set[str]] = set()
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """Called for every import; leaves all but the awaited alone."""
         if fullname not in self.awaited:
             return None
         self.awaited.discard(fullname)
         for finder in list(sys.meta_path):
             find_spec = getattr(finder, "find_spec", None)
-            spec = find_spec(fullname, path, target) if find_spec and finder is not self else None
+            spec: ModuleSpec | None = find_spec(fullname, path, target) if find_spec and finder is not self else None
             if spec is not None:
                 _call_when_executed(spec.loader, fullname)
                 return spec
         return None
 
 
-def _call_when_executed(loader, fullname):
+def _call_when_executed(loader: Any, fullname: str) -> None:
     execute = loader.exec_module
 
-    def exec_module(module):
+    def exec_module(module: ModuleType) -> None:
         del loader.exec_module  # the loader is again what it was
         execute(module)
         _activate(fullname)

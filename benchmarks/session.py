@@ -2,15 +2,16 @@
 
     python -m benchmarks.session [--runs 3] [--time-scale 1.0] [--description configs/gpus/a100.json]
 
-Four processes (torch.distributed, gloo, no framework) execute 1F1B with eight microbatches on simulated GPUs, through the
-real `pynvml`. Energy and time of an iteration are the simulated GPUs' own (exact energy, not the counter), under the
-plan and at the driver's clocks, before and after. The cost is that of the same job with and without the session.
+Four processes (torch.distributed, gloo, no framework) execute 1F1B with eight microbatches on simulated GPUs, through
+the real `pynvml`. Energy and time of an iteration are the simulated GPUs' own (exact energy, not the counter), under
+the plan and at the driver's clocks, before and after. The cost is that of the same job with and without the session.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -74,7 +75,8 @@ def _one_run(arguments: argparse.Namespace, seed: int) -> dict[str, float]:
         "plans made": status["plan"],
         "profiling iterations": status["profiling_iterations"],
         "solving [ms]": 1e3 * status["solve_s"],
-        "at the iteration's two boundaries, median [ms]": 1e3 * statistics.median(results[0]["hook_s"][i] for i in planned),
+        "at the iteration's two boundaries, median [ms]": 1e3
+        * statistics.median(results[0]["hook_s"][i] for i in planned),
         "the job without us [s]": _median(_times_s(plain[0]), steady),
         "the job measured only [s]": _median(_times_s(watched[0]), steady),
         "CPU of a rank without us [s per iteration]": statistics.fmean(r["cpu_s"] for r in plain) / 24,
@@ -107,12 +109,12 @@ def _train(
 
 def _times_s(result: dict[str, Any]) -> list[float]:
     begins_s = result["begins_s"]
-    return [after - before for before, after in zip(begins_s, begins_s[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(begins_s)]
 
 
 def _energies_j(results: Sequence[dict[str, Any]], data_parallel: int) -> list[float]:
     cumulative = [sum(of_rank) / data_parallel for of_rank in zip(*(r["energies_j"] for r in results), strict=True)]
-    return [after - before for before, after in zip(cumulative, cumulative[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(cumulative)]
 
 
 def _mean(values: Sequence[float], places: Sequence[int]) -> float:

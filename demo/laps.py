@@ -1,4 +1,4 @@
-"""What each iteration of the demonstration took, and in which phase; each rank writes a file, `demo/report.py` reads them.
+"""What each iteration of the demonstration took, and in which phase: one file a rank, for `demo/report.py`.
 
 The energy is the simulated GPU's exact one, which no session sees: an independent check of what the session says.
 """

@@ -23,7 +23,7 @@ from perseus_core.report.timeline_figure import draw_before_and_after
 from perseus_core.runtime.settings import Settings
 
 # After a change of plan the first iteration still has clocks of the last one in it.
-_SETTLING = 2
+SETTLING = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def report(output: Path, *, seconds: float) -> dict[str, Any]:
     """
     ranks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "laps").glob("rank*.json"))]
     before = measured(ranks, lambda lap: lap["phase"] == "warm up")
-    after = measured(ranks, lambda lap: lap["plan"] > 0, skip=_SETTLING)
+    after = measured(ranks, lambda lap: lap["plan"] > 0, skip=SETTLING)
     status, laps = ranks[0]["status"], ranks[0]["laps"]
     figures = _draw(output)
     content = {
@@ -126,7 +126,7 @@ def _print(content: dict[str, Any], output: Path, figures: list[str]) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"The plan is within {100 * content['gap']:.2f} % of the best possible; solved in {content['solve_s']:.2g} s after "
-        f"{content['profiling_iterations']} iterations of profiling; all in {content['seconds']:.0f} s."
+        f"The plan is within {100 * content['gap']:.2f} % of the best possible; solved in {content['solve_s']:.2g} s "
+        f"after {content['profiling_iterations']} iterations of profiling; all in {content['seconds']:.0f} s."
     )
     console.print(f"Written to {output}: report.json, frontier.json, {', '.join(figures)}")

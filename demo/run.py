@@ -14,12 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from demo.report import report
 from perseus_core.errors import InputError
 from perseus_core.files import write_text
 from perseus_core.gpu.simulated import Description, create_node
 from perseus_core.gpu.simulated.command import environment_for
-
-from demo.report import report
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent
@@ -50,7 +49,7 @@ def main() -> int:
             old.unlink()
         training = ["--config", str(output / "ds_config.json"), "--laps", str(laps), "--text", str(arguments.text)]
         training += ["--iterations", str(arguments.iterations), "--stages", "4"]
-        if not _train(training, Path(gpus)):
+        if not train(training, Path(gpus)):
             print("\nThe training did not end well; the lines above say why.", file=sys.stderr)
             return 1
     report(output, seconds=time.monotonic() - started_s)
@@ -58,7 +57,7 @@ def main() -> int:
     return 0
 
 
-def _train(training: list[str], gpus: Path) -> bool:
+def train(training: list[str], gpus: Path) -> bool:
     """Starts one process for each stage, as any launcher would; ends all of them when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from perseus_autoload import say_not_active
+
 BLOCK = "perseus"
 
 
@@ -42,11 +44,16 @@ def _look_after(engine_class: type, look: Callable[[Any], None]) -> None:
 
 def _follow_if_asked(engine: Any) -> None:
     block = _block_of(engine)
-    if block is not None:
+    if block is None:
+        return
+    try:
         from perseus_ds.config import read_block
         from perseus_ds.start import follow
-
-        follow(engine, read_block(block))
+    except Exception as error:
+        say_not_active(error)
+        return
+    # A block that is wrong ends the job here, as DeepSpeed's own blocks do; whatever comes after does not.
+    follow(engine, read_block(block))
 
 
 def _step_aside_if_asked(pipeline_engine: type, engine: Any) -> None:

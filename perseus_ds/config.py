@@ -7,16 +7,20 @@ import json
 import typing
 from typing import Any
 
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-from pydantic import create_model, model_validator
+from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
 from perseus_core.errors import InputError
 from perseus_core.runtime.settings import Settings
 from perseus_ds.activation import BLOCK
 
 
-class _PerseusConfig(DeepSpeedConfigModel):  # type: ignore[misc]
-    """Checked by `perseus_core.runtime.settings.Settings`: Megatron's face has the same keys and rules."""
+class _PerseusConfig(BaseModel):
+    """Checked by `perseus_core.runtime.settings.Settings`: Megatron's face has the same keys and rules.
+
+    Not a `DeepSpeedConfigModel`: older DeepSpeeds make that of pydantic 1, and all drop whatever is "auto".
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
@@ -46,7 +50,8 @@ def read_block(block: Any) -> Settings:
         pydantic.ValidationError: naming the key that is wrong, its value and the remedy.
     """
     if not isinstance(block, dict):
-        raise InputError(f'config "{BLOCK}": {json.dumps(block, default=str)} is not an object; write {{"enabled": true}}')
-    # DeepSpeed's models drop whatever is "auto" unless they are strict; here each key decides whether it may be.
-    settings: Settings = PerseusConfig(strict=True, **block).settings  # type: ignore[attr-defined]
+        raise InputError(
+            f'config "{BLOCK}": {json.dumps(block, default=str)} is not an object; write {{"enabled": true}}'
+        )
+    settings: Settings = PerseusConfig(**block).settings
     return settings

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from perseus_core.runtime.adapter import device_of_rank, events_of
+from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.opening import open_session
 from perseus_core.runtime.session import Session
@@ -16,7 +17,7 @@ from perseus_ds.extraction import schedule_factory
 from perseus_ds.profile_key import profile_key, shapes_of
 
 
-def open_engine_session(engine: Any, settings: Settings, pipe_schedule: Any) -> Session | None:
+def open_engine_session(engine: Any, settings: Settings, pipe_schedule: Any) -> Session | InertSession:
     """Opens the session; all ranks do so at the same training batch.
 
     Args:
@@ -55,7 +56,7 @@ def _input_shapes(engine: Any) -> str:
 
 def _to_monitor(engine: Any) -> Callable[[str, float], None] | None:
     """Hands figures to DeepSpeed's monitor (TensorBoard, W&B, CSV, Comet), where the config enables one."""
-    monitor = getattr(engine, "monitor", None)
+    monitor: Any = getattr(engine, "monitor", None)
     if not getattr(monitor, "enabled", False):
         return None
     return lambda name, value: monitor.write_events([(f"Perseus/{name}", value, engine.global_samples)])

@@ -4,8 +4,8 @@ Under `perseus simulate` one line in the training script, before `deepspeed.init
 
     perseus_ds.simulated_work.occupy_simulated_gpus()
 
-Every forward and backward pass then lasts as long as the simulated GPU needs for it at the clock of the moment, while the
-CPU computes the real numbers in the same time. The CPU must be quicker than the simulated GPU.
+Every forward and backward pass then lasts as long as the simulated GPU needs for it at the clock of the moment, while
+the CPU computes the real numbers in the same time. The CPU must be quicker than the simulated GPU.
 """
 
 from __future__ import annotations

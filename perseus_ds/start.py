@@ -67,6 +67,6 @@ def refuse_engine_without_pipeline() -> None:
     """Says that an engine with a block has no pipeline."""
     if is_first_rank():
         step_aside(
-            'the config has a "perseus" block, but this engine has no pipeline (its model is not a PipelineModule), and '
-            "without one there is nothing to slow down for free"
+            'the config has a "perseus" block, but this engine has no pipeline (its model is not a PipelineModule), '
+            "and without one there is nothing to slow down for free"
         )

@@ -50,9 +50,10 @@ def with_state_in_checkpoint(settings: Settings, arguments: argparse.Namespace) 
         return settings
     kept = Path(arguments.save) / STATE_FILE
     found = Path(getattr(arguments, "load", None) or arguments.save) / STATE_FILE
-    if is_first_rank() and not kept.exists() and found.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(kept, found.read_bytes())
+    if is_first_rank():
+        kept.parent.mkdir(parents=True, exist_ok=True)  # as Megatron does with its first checkpoint
+        if not kept.exists() and found.exists():
+            write_bytes(kept, found.read_bytes())
     return replace(settings, state_file=str(kept))
 
 

@@ -65,7 +65,7 @@ def run_with_switching(
     predecessor_latency: NDArray[Any],
     stage_of: NDArray[Any],
     first_of_stage: NDArray[Any],
-    type: NDArray[Any],
+    instruction_type: NDArray[Any],
     time: NDArray[Any],
     cost: NDArray[Any],
     faster: NDArray[Any],

@@ -1,9 +1,9 @@
 """What every framework adapter needs and none should write again: hooks that come off, and a session that never hurts.
 
-An adapter puts hooks into its framework with `Hooks` and has them call a `Follower`. The follower lets the first training
-iteration pass, in which frameworks compile, allocate and learn shapes; at the second, where all ranks are sure to be at the
-same place, it opens the session, and passes everything on from there. Whatever fails on our side takes the hooks off,
-closes the session, and lets the training go on.
+An adapter puts hooks into its framework with `Hooks` and has them call a `Follower`. The follower lets the first
+training iteration pass, in which frameworks compile, allocate and learn shapes; at the second, where all ranks are sure
+to be at the same place, it opens the session, and passes everything on from there. Whatever fails on our side takes the
+hooks off, closes the session, and lets the training go on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from perseus_core.gpu.device import Device
 from perseus_core.gpu.simulated.activation import ENVIRONMENT_VARIABLE as SIMULATED_GPUS
 from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.events import CudaEvents, EventSource, HostEvents
+from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.log import logger, show_log
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Follower:
         session: from the second training iteration on.
     """
 
-    def __init__(self, open_session: Callable[..., FollowedSession | None], hooks: Hooks) -> None:
+    def __init__(self, open_session: Callable[..., FollowedSession], hooks: Hooks) -> None:
         """Opens nothing yet.
 
         Args:
@@ -101,7 +102,7 @@ class Follower:
                 if not training or self._is_first_training():
                     return
                 self.session = self._open_session(*opening)
-                if self.session is None:  # it has said why
+                if isinstance(self.session, InertSession):  # it has said why
                     self.finish()
                     return
             self.session.begin_iteration(num_microbatches, training=training)

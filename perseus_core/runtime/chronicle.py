@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from perseus_core.runtime.settings import Settings
 
 
+# A GPU that comes and goes is not reported every time.
+_SAY_AGAIN_AFTER = 50
+
+
 @dataclass(frozen=True)
 class SessionStatus:
     """Where a session stands. Energies count one GPU for each stage.
@@ -75,6 +79,8 @@ class Chronicle:
         self._last_told = 0
         self._sweep_clocks_done = -1
         self._sweep_iterations = 0
+        self._baseline_told = False
+        self._slow_told: dict[int, int] = {}
 
     def tell(self, orders: Orders, iteration: int, plan: PlanMessage | None) -> None:
         """What follows from the heartbeats of an iteration."""
@@ -82,12 +88,14 @@ class Chronicle:
         coordination = self._coordination
         baseline = coordination.baseline
         if orders.phase_changed and baseline is not None:
-            if coordination.phase is Phase.PROFILE or (coordination.collection == 1 and not self._sweep_iterations):
+            if coordination.phase in (Phase.PROFILE, Phase.COLLECT) and not self._baseline_told and not plan:
+                self._baseline_told = True
                 say("baseline: %.4g s an iteration%s", baseline.time_s, self._in_joules(baseline.energy_j))
             elif coordination.phase is Phase.MEASURE_ONLY and self._settings.measure_only:
                 say("measuring only: %.4g s an iteration%s", baseline.time_s, self._in_joules(baseline.energy_j))
         slow = orders.slow_rank
-        if slow is not None:
+        if slow is not None and slow.iteration >= self._slow_told.get(slow.rank, -_SAY_AGAIN_AFTER) + _SAY_AGAIN_AFTER:
+            self._slow_told[slow.rank] = slow.iteration
             stage = int(coordination.introductions[slow.rank].stage)
             warn(
                 "stage %d (rank %d) is %.0f %% slower than its profile: its instructions of iteration %d took %.4g s, "

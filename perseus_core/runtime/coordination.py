@@ -17,7 +17,6 @@ from perseus_core.runtime.iteration_stream import IterationStream
 from perseus_core.runtime.straggler import RankSpeed, SlowRank, SpeedWatch
 from perseus_core.runtime.verdict import PlanWatch, Verdict
 
-
 # Iterations without a plan of their own that come so often get one.
 _OFTEN = 10
 _MOST_COOL_PATIENCE = 1000
@@ -112,6 +111,7 @@ class Limits:
     baseline_iterations: int
     watch_iterations: int
     tolerance: float
+    slow_gpu: float = 0.05
     max_corrections: int = 3
 
 
@@ -157,7 +157,7 @@ class Coordination:
     def __post_init__(self) -> None:
         self._times = IterationStream(len(self.introductions))
         self._energies = IterationStream(len(self.introductions))
-        self._speeds = SpeedWatch([int(i.stage) for i in self.introductions])
+        self._speeds = SpeedWatch([int(i.stage) for i in self.introductions], self.limits.slow_gpu)
         first = self.introductions[0]
         if first.saved_baseline_time_s:
             self.baseline = Baseline(
@@ -282,7 +282,7 @@ class Coordination:
 
     def _advance(self, beats: Sequence[Heartbeat], orders: Orders) -> None:
         if self.phase is Phase.WARM_UP and len(self._baseline_iterations) >= self.limits.baseline_iterations:
-            self._end_warm_up(beats)
+            self._end_warm_up(beats, orders)
         elif self.phase is Phase.PROFILE and all(b.sweep_done for b in beats):
             self._start_collection(Reason.PROFILED)
         elif self.phase is Phase.COLLECT and all(b.part == self.collection for b in beats):
@@ -302,12 +302,14 @@ class Coordination:
                 self.plan = orders.apply = received
                 self.phase = Phase.RUN
 
-    def _end_warm_up(self, beats: Sequence[Heartbeat]) -> None:
+    def _end_warm_up(self, beats: Sequence[Heartbeat], orders: Orders) -> None:
         time_s = statistics.median(self._baseline_iterations.values())
         energy_j = self.iteration_energy_j(list(self._baseline_iterations))
         self.baseline = Baseline(self._baseline_microbatches, time_s, energy_j or 0.0)
-        if self.limits.measure_only or not all(b.can_lock for b in beats):
+        if self.limits.measure_only:
             self.phase = Phase.MEASURE_ONLY
+        elif unable := tuple(rank for rank, b in enumerate(beats) if not b.can_lock):
+            self.phase, orders.aside = Phase.MEASURE_ONLY, unable
         elif self.introductions[0].has_profile:
             self._start_collection(Reason.PROFILED)
         else:

@@ -36,9 +36,9 @@ class SeenDuration:
 def corrected(profile: Profile, seen: Sequence[SeenDuration]) -> Profile:
     """The profile with each type's times multiplied by seen over promised, interpolated between the clocks that ran.
 
-    Beyond the highest and lowest clock that ran the factor stays the same. A GPU that is held down is another matter: no
-    clock is faster than the one it is held at, and those below are as they were. Energies follow their times along the
-    old curve: a GPU that is held at a lower clock takes the time and the energy of that clock.
+    Beyond the highest and lowest clock that ran the factor stays the same. A GPU that is held down is another matter:
+    no clock is faster than the one it is held at, and those below are as they were. Energies follow their times along
+    the old curve: a GPU that is held at a lower clock takes the time and the energy of that clock.
 
     Args:
         profile: as it was believed.

@@ -25,6 +25,7 @@ Row = NDArray[np.float64]
 # A peer may sit in a checkpoint or an evaluation for minutes: that is not a fault.
 _GROUP_TIMEOUT = timedelta(minutes=60)
 _POLL_S = 0.0005
+_GONE = "another rank cannot be reached any more; it has probably ended"
 
 
 class ExchangeError(PerseusError):
@@ -302,7 +303,7 @@ class TorchExchange:
         try:
             work = self._dist.all_gather(list(received.unbind(0)), sent, group=self._rows_group, async_op=True)
         except (RuntimeError, ValueError) as error:
-            raise ExchangeError(f"another rank cannot be reached: {error}") from error
+            raise ExchangeError(_GONE) from error
         return work, received
 
     def _remember(self, parcel: _TorchParcel) -> _TorchParcel:
@@ -327,7 +328,7 @@ def _finish(work: Any) -> None:
     try:
         work.wait()
     except RuntimeError as error:
-        raise ExchangeError(f"another rank cannot be reached: {error}") from error
+        raise ExchangeError(_GONE) from error
 
 
 def _keep_for_ever(*groups: Any) -> None:

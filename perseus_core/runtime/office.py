@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
+from perseus_core.errors import InputError
 from perseus_core.planning.policy import Policy
 from perseus_core.runtime.background import Background
 from perseus_core.runtime.coordination import Baseline, Reason
 from perseus_core.runtime.desk import DeskState, MeasuredJob, PlanningDesk
 from perseus_core.runtime.job import Job
-from perseus_core.runtime.part import Part, traced_stages
+from perseus_core.runtime.log import logger
+from perseus_core.runtime.part import Part, said_orders, traced_orders
 from perseus_core.runtime.plan_message import PlanMessage
 from perseus_core.runtime.profile_cache import ProfileCache
-from perseus_core.runtime.recorder import Step
 from perseus_core.runtime.stage_measurements import JobMeasurements, merge
 from perseus_core.runtime.state_file import save_state
 
@@ -46,7 +47,7 @@ class PlanningOffice:
         self._background = background
         self._cache = cache
         self._state_file = state_file
-        self._working: list[Future[PlanMessage]] = []
+        self._working: list[Future[PlanMessage | None]] = []
         self._plans: dict[int, bytes] = {}
         if restored is not None:
             desk.restore(restored)
@@ -77,8 +78,16 @@ class PlanningOffice:
         self._order(task)
 
     def plan_for(self, num_microbatches: int) -> None:
-        """A plan for another number of microbatches than the baseline has."""
-        self._order(lambda: None, num_microbatches)
+        """A plan for another number of microbatches than the baseline has; none where there is no schedule for it."""
+
+        def task() -> PlanMessage | None:
+            try:
+                return self._desk.plan(num_microbatches)
+            except InputError as error:
+                logger.warning("no plan for %d microbatches: %s", num_microbatches, error)
+                return None
+
+        self._working.append(self._background.run(task))
 
     def change_policy(self, policy: Policy | None, straggler_slowdown: float | None) -> None:
         """A new plan by another policy, or for another slowest pipeline; None leaves it as it is."""
@@ -107,17 +116,18 @@ class PlanningOffice:
                 still_working.append(future)
                 continue
             plan = future.result()
-            self._plans[plan.number] = plan.encode()
+            if plan is not None:
+                self._plans[plan.number] = plan.encode()
         self._working = still_working
         return self._plans.get(number + 1)
 
     # The background thread
 
-    def _order(self, prepare: Callable[[], None], num_microbatches: int | None = None) -> None:
-        def task() -> PlanMessage:
+    def _order(self, prepare: Callable[[], None]) -> None:
+        def task() -> PlanMessage | None:
             prepare()
-            plan = self._desk.plan(num_microbatches)
-            if self._state_file and num_microbatches is None:
+            plan = self._desk.plan()
+            if self._state_file:
                 save_state(self._state_file, self._job.key, self._desk.state(plan))
             return plan
 
@@ -129,9 +139,9 @@ class PlanningOffice:
             measured = merge([part.measurements for part in parts])
             if self._cache is not None:
                 self._cache.save(self._job.key, measured)
-        said = [
-            tuple((i.chunk, i.microbatch, i.kind) for i in order)
-            for order in self._job.schedule(baseline.num_microbatches).stages
-        ]
-        traced: list[Sequence[Step]] | None = traced_stages(parts, said)
+        traced = traced_orders(parts, said_orders(self._job, baseline.num_microbatches))
+        if traced is not None:
+            logger.warning(
+                "instructions are executed in another order than the framework says; planning for the real one"
+            )
         self._desk.take_measurements(MeasuredJob(measured.profile, measured.blocking_power_w, baseline), traced)

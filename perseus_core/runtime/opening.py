@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from perseus_core.errors import PerseusError
@@ -30,7 +31,7 @@ def open_session(
     settings: Settings,
     job: Job,
     *,
-    device: Device | None = None,
+    device: Device | Callable[[], Device] | None = None,
     local_rank: int | None = None,
     events: EventSource | None = None,
     exchange: Exchange | None = None,
@@ -41,14 +42,15 @@ def open_session(
     Args:
         settings: what the user wants.
         job: this rank's place in the job.
-        device: its GPU; by default the one that `local_rank` names among the visible ones.
+        device: its GPU, or how to find it; by default the one that `local_rank` names among the visible ones. What goes
+            wrong in finding it is said in the log, and the other ranks are not left waiting.
         local_rank: by default the environment's LOCAL_RANK, else the rank.
         events: marks on its compute stream; by default the host's time.
         exchange: by default over `torch.distributed`, or none for a job of one rank.
         metric: called on rank 0 with what is measured.
 
     Returns:
-        The session; one that does nothing where there is nothing to do, or no way to do it, after a log line that says so.
+        The session; where there is nothing to do, or no way to do it, one that does nothing.
     """
     if not settings.enabled:
         return InertSession()
@@ -58,20 +60,23 @@ def open_session(
             exchange = LocalExchange() if job.world_size == 1 else TorchExchange()
         clocks_mhz: tuple[int, ...] = ()
         why_not = ""
+        found: Device | None = None
         try:
-            device, clocks_mhz = within(
+            found, clocks_mhz = within(
                 _DRIVER_PATIENCE_S,
                 lambda: _ready(device, _local_rank(local_rank, job)),
                 otherwise=lambda: GpuError(f"the GPU driver has not answered for {_DRIVER_PATIENCE_S:g} s"),
             )
         except PerseusError as error:
-            device, why_not = None, str(error)
+            why_not = str(error)
         background = Background()
-        office = _office(settings, job, clocks_mhz, background) if job.rank == 0 else None
+        office = None
+        if job.rank == 0 and found is not None:
+            office = _office(settings, job, clocks_mhz, background)
         return Session(
             settings,
             job,
-            device,
+            found,
             events or HostEvents(),
             exchange,
             announcer=Announcer(speaks=job.rank == 0, metric=metric),
@@ -117,13 +122,15 @@ def _office(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], backgroun
     )
 
 
-def _ready(device: Device | None, local_rank: int) -> tuple[Device, tuple[int, ...]]:
+def _ready(device: Device | Callable[[], Device] | None, local_rank: int) -> tuple[Device, tuple[int, ...]]:
     """The GPU, asked once for everything that is asked of it later, so that nothing waits for the driver then."""
     if device is None:
         devices = visible_devices()
         if local_rank >= len(devices):
             raise GpuError(f"local rank {local_rank} has no GPU, {len(devices)} are visible; give each rank its own")
         device = devices[local_rank]
+    elif callable(device):
+        device = device()
     device.total_energy_j()
     return device, device.supported_clocks_mhz()
 

@@ -7,8 +7,10 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from perseus_core.errors import InputError
 from perseus_core.planning.schedule import InstructionType, Kind
 from perseus_core.runtime.correction import SeenDuration
+from perseus_core.runtime.job import Job
 from perseus_core.runtime.recorder import Step
 from perseus_core.runtime.stage_measurements import StageMeasurements
 
@@ -54,14 +56,24 @@ class Part:
         )
 
 
-def traced_stages(parts: Sequence[Part], schedule_of_stage: Sequence[Sequence[Step]]) -> list[Sequence[Step]] | None:
-    """What each stage executed, or None where all followed the schedule.
+def said_orders(job: Job, num_microbatches: int) -> list[tuple[Step, ...]]:
+    """What the framework says that each stage executes; nothing where it has no schedule for so many microbatches."""
+    try:
+        stages = job.schedule(num_microbatches).stages
+    except InputError:
+        return []
+    return [tuple((i.chunk, i.microbatch, i.kind) for i in order) for order in stages]
+
+
+def traced_orders(parts: Sequence[Part], said: Sequence[tuple[Step, ...]]) -> list[tuple[Step, ...]] | None:
+    """What each stage executed, or None where all did as the framework says.
 
     Args:
         parts: of all ranks.
-        schedule_of_stage: what the schedule says.
+        said: what `said_orders` gives.
     """
     traced = {part.measurements.stage: part.traced for part in parts if part.traced}
     if not traced:
         return None
-    return [traced.get(stage, steps) for stage, steps in enumerate(schedule_of_stage)]
+    num_stages = 1 + max(part.measurements.stage for part in parts)
+    return [traced[stage] if stage in traced else said[stage] for stage in range(num_stages)]

@@ -7,14 +7,12 @@ the iterations' boundaries and is small; what is slow happens in side threads; n
 from __future__ import annotations
 
 import atexit
-import time
 
 from perseus_core.gpu.device import Device
 from perseus_core.planning.policy import Policy
 from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.background import Background
 from perseus_core.runtime.chronicle import Chronicle, SessionStatus
-from perseus_core.runtime.controller import ClockController
 from perseus_core.runtime.coordination import ActivePlan, Coordination, Limits, Orders, Phase, Reason
 from perseus_core.runtime.events import EventSource
 from perseus_core.runtime.exchange import Exchange, ExchangeError, Parcel
@@ -23,13 +21,14 @@ from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, logger
 from perseus_core.runtime.meter import Meter
 from perseus_core.runtime.office import PlanningOffice
-from perseus_core.runtime.part import Part
+from perseus_core.runtime.part import Part, said_orders
 from perseus_core.runtime.plan_message import PlanMessage, StagePlan
 from perseus_core.runtime.profiler import SweepSettings
 from perseus_core.runtime.recorder import Expectation, Record
 from perseus_core.runtime.settings import Settings
+from perseus_core.runtime.stage_clocks import StageClocks
 
-# Rows of two iterations ago have arrived long since; where one has not, a rank is late, and decisions come late as well.
+# Rows of two iterations ago have arrived long since. Where one has not, a rank is late, and so will be what follows.
 _ROW_PATIENCE_S = 0.25
 # Training keeps ranks within an iteration of each other. One that is so far behind has stopped talking.
 _MOST_ITERATIONS_BEHIND = 16
@@ -75,18 +74,13 @@ class Session:
         self._why_not = why_not
         self._meter = Meter(job.stage, device)
         self._device = device
-        self._controller: ClockController | None = None
-        if device is not None and not settings.measure_only:
-            latency_s = 0.015 if settings.switch_latency_s == "auto" else settings.switch_latency_s
-            self._controller = ClockController(device, latency_s)
+        self._clocks = StageClocks(None if settings.measure_only else device, settings.switch_latency_s)
         self._coordination = Coordination(introductions(exchange.introduce(self._introduction().row())), self._limits())
         self._chronicle = Chronicle(announcer, settings, self._coordination)
 
         self._iteration = 0
         self._record: Record | None = None
         self._order: StagePlan | None = None  # what the iteration should execute, where that is known
-        self._following = False  # whether the controller follows the plan in this iteration
-        self._held: int | str | None = "unknown"
         self._plans: dict[int, PlanMessage] = {}
         self._arrived: dict[int, PlanMessage] = {}
         self._received = 0
@@ -96,11 +90,11 @@ class Session:
         self._straggler_slowdown = settings.straggler_slowdown
         self._told_slowdown = settings.straggler_slowdown
         self._last_verdict_s = 0.0
+        self._num_rows_sent = 0
         self._failed = self._deaf = self._closed = False
 
         self._meter.start()
-        if self._controller is not None:
-            self._controller.start()
+        self._clocks.start()
         atexit.register(self.close)
 
     # What the adapter calls
@@ -126,8 +120,8 @@ class Session:
             return
         try:
             event = self._record_event()
-            if self._following:
-                self._controller.instruction_begins(event)  # type: ignore[union-attr]
+            if self._clocks.following:
+                self._clocks.instruction_begins(event)
             step = (chunk, microbatch, kind)
             order = self._order
             if order is not None and record.in_order:
@@ -146,8 +140,8 @@ class Session:
             return
         try:
             event = self._record_event()
-            if self._following:
-                self._controller.instruction_ends(event)  # type: ignore[union-attr]
+            if self._clocks.following:
+                self._clocks.instruction_ends(event)
             record.ends.append(event)
         except Exception as error:
             self._fail(error)
@@ -235,8 +229,7 @@ class Session:
         self._chronicle.tell(orders, self._iteration - 1, self._plans.get(self._usual_microbatches))
         if coordination.phase in (Phase.STEPPED_ASIDE, Phase.MEASURE_ONLY) and orders.phase_changed:
             self._plans.clear()
-            if self._controller is not None:
-                self._controller.stop()
+            self._clocks.stop()
         if coordination.phase is Phase.STEPPED_ASIDE and orders.phase_changed:
             self._release()
 
@@ -270,37 +263,26 @@ class Session:
         """Sees to the clocks of the iteration that begins, and says what is expected of it."""
         phase = self._coordination.phase
         plan = self._plans.get(num_microbatches)
-        self._following, self._order = False, None
+        self._order = None
         if plan is not None:
             stage = plan.stages[self._job.stage]
             self._order = stage
-            self._follow(stage)
+            self._clocks.follow(stage)
             durations_s = tuple(planned.duration_s for planned in stage.clocks)
             return Expectation(plan.number, None, durations_s, tuple(planned.clock_mhz for planned in stage.clocks))
         if phase is Phase.PROFILE and num_microbatches == self._usual_microbatches:
             clock_mhz = self._meter.sweep_clock_mhz
-            self._hold(clock_mhz)
+            self._clocks.hold(clock_mhz)
             return Expectation(held_mhz=clock_mhz)
         if self._plans:
             self._chronicle.cannot_follow(num_microbatches)
-        self._hold(None)
+        self._clocks.hold(None)
         return Expectation()
-
-    def _follow(self, stage: StagePlan) -> None:
-        if self._controller is not None:
-            self._controller.begin_iteration(stage.clocks)
-            self._following, self._held = True, "plan"
-
-    def _hold(self, clock_mhz: int | None) -> None:
-        if self._controller is not None and self._held != clock_mhz:
-            self._controller.hold(clock_mhz)
-            self._held = clock_mhz
 
     def _leave_order(self, record: Record) -> None:
         """Something else is executed than was planned: the rest of the iteration runs at the driver's clocks."""
         record.in_order = False
-        self._following = False
-        self._hold(None)
+        self._clocks.hold(None)
         self._chronicle.order_differs()
 
     # An iteration's end
@@ -308,8 +290,7 @@ class Session:
     def _end(self, *, complete: bool) -> None:
         record, self._record = self._record, None
         if record is not None:
-            if self._following:
-                self._controller.end_iteration()  # type: ignore[union-attr]
+            self._clocks.end_iteration()
             whole = len(record.steps) == len(record.ends)
             if self._order is not None and len(record.steps) != len(self._order.steps):
                 record.in_order = False
@@ -324,16 +305,16 @@ class Session:
         plan = None
         if self._office is not None:
             plan = self._office.plan_after(self._coordination.plan)
-        self._exchange.send_row(
+        self._send(
             beat._replace(
-                can_lock=float(self._can_lock),
+                can_lock=float(self._clocks.can_be_set),
                 part=self._part_number,
                 part_bytes=len(self._part),
                 plan=self._coordination.plan + 1 if plan is not None else 0,
                 plan_bytes=0 if plan is None else len(plan),
                 received=self._received,
                 straggler_slowdown=self._straggler_slowdown,
-            ).row()
+            )
         )
         self._chronicle.sweeping(self._meter.sweep_progress, self._meter.sweep_notes)
 
@@ -347,7 +328,7 @@ class Session:
         return Introduction(
             self._job.stage,
             self._job.data_parallel_rank,
-            float(self._controller is not None),
+            float(self._clocks.can_be_set),
             float(self._device is not None),
             float(known is not None),
             float(restored is not None),
@@ -358,7 +339,14 @@ class Session:
 
     def _limits(self) -> Limits:
         s = self._settings
-        return Limits(s.measure_only, s.warmup_iterations, s.baseline_iterations, s.watch_iterations, s.tolerance)
+        return Limits(
+            s.measure_only,
+            s.warmup_iterations,
+            s.baseline_iterations,
+            s.watch_iterations,
+            s.tolerance,
+            s.slow_gpu,
+        )
 
     def _start_sweep(self) -> None:
         assert self._device is not None, "ranks without a GPU do not profile"
@@ -375,18 +363,14 @@ class Session:
         if reason is not Reason.PROFILED:
             seen = self._meter.seen(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
             return Part(self._meter.no_measurements(), seen).encode()
-        said = self._job.schedule(self._usual_microbatches).stages[self._job.stage]
-        follows = self._meter.traced == tuple((i.chunk, i.microbatch, i.kind) for i in said)
+        said = said_orders(self._job, self._usual_microbatches)
+        follows = bool(said) and self._meter.traced == said[self._job.stage]
         return Part(self._meter.measurements(), (), () if follows else self._meter.traced).encode()
 
     @property
     def _usual_microbatches(self) -> int:
         baseline = self._coordination.baseline
         return -1 if baseline is None else baseline.num_microbatches
-
-    @property
-    def _can_lock(self) -> bool:
-        return self._controller is not None and self._controller.failure is None
 
     # When something is wrong
 
@@ -395,16 +379,14 @@ class Session:
         return self._failed or self._coordination.phase is Phase.STEPPED_ASIDE
 
     def _reason_aside(self) -> str:
-        if self._controller is not None and self._controller.failure is not None:
-            return str(self._controller.failure)
-        return self._why_not or "this job measures only"
+        return str(self._clocks.failure or self._why_not or "this job measures only")
 
     def _fail(self, error: Exception) -> None:
         """Says once what went wrong, gives the clock back, and lets training go on without us."""
         if self._failed:
             return
         self._failed = True
-        self._record, self._following = None, False
+        self._record = None
         self._deaf = isinstance(error, ExchangeError)
         logger.warning("rank %d: %s: %s; training goes on without perseus", self._job.rank, type(error).__name__, error)
         logger.debug("details", exc_info=error)
@@ -415,18 +397,19 @@ class Session:
 
     def _say_failed(self) -> None:
         """Every rank sends a row for every iteration, also one that has given up: the others must not wait for it."""
-        if self._deaf:
-            return
         try:
-            self._exchange.send_row(Heartbeat(self._iteration - 1, failed=float(self._failed)).row())
+            while self._num_rows_sent < self._iteration and not self._deaf:
+                self._send(Heartbeat(self._num_rows_sent, failed=float(self._failed)))
         except Exception as error:
             self._deaf = True
             logger.debug("the other ranks cannot be told", exc_info=error)
 
+    def _send(self, beat: Heartbeat) -> None:
+        self._num_rows_sent += 1
+        self._exchange.send_row(beat.row())
+
     def _release(self) -> None:
-        if self._controller is not None:
-            self._controller.stop()
+        self._clocks.stop()
         self._meter.stop()
         if self._background is not None:
             self._background.close()
-        self._released_s = time.monotonic()

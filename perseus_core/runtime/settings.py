@@ -45,6 +45,7 @@ class Settings:
         profile_clocks: how many clocks are measured.
         profile_iterations: iterations measured at each clock, after one that is discarded.
         watch_iterations: iterations after which a plan is judged.
+        slow_gpu: by which share a GPU must be slower than its profile to be reported, and planned for.
         profile_cache: folder of measured profiles; "auto" for the user's cache folder, "off" for none.
         state_file: where the session keeps its plan, so that a restarted job goes on with it; empty for nowhere.
         frontier_file: where `frontier.json` is written after each solve; empty for nowhere.
@@ -70,6 +71,7 @@ class Settings:
     profile_clocks: int = 8
     profile_iterations: int = 3
     watch_iterations: int = 8
+    slow_gpu: float = 0.05
     profile_cache: str = "auto"
     state_file: str = ""
     frontier_file: str = ""
@@ -85,6 +87,7 @@ class Settings:
                 raise _error(name, getattr(self, name), "must be text")
         self._check_number("max_slowdown", 0, 1, excluded_end=True, remedy="is not in [0, 1); 0.05 means 5 %")
         self._check_number("tolerance", 0, 1, excluded_end=True, remedy="is not in [0, 1); 0.005 means 0.5 %")
+        self._check_number("slow_gpu", 0.01, 1, remedy="is not in [0.01, 1]; 0.05 means 5 %")
         self._check_number("straggler_slowdown", 1, math.inf, remedy="is below 1; 1.2 means 20 % slower than this job")
         for name in ("eta", "power_cap_w", "carbon_intensity_g_per_kwh", "reference_carbon_intensity_g_per_kwh"):
             if getattr(self, name) is not None:

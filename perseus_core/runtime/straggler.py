@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Kernels vary by a per cent or so from iteration to iteration; heat costs ten and more.
-SLOW = 0.05
 # How many iterations in a row before anything but a log line follows; twice as many after each reaction. Where the GPU
 # itself says that it is held down fewer will do than where anything may have disturbed it.
 _REACTION_ITERATIONS = 3
@@ -56,8 +54,14 @@ class SpeedWatch:
         has_changed: a stage has been slower, or faster, than expected for some iterations in a row.
     """
 
-    def __init__(self, stages: Sequence[int]) -> None:
-        """Nothing seen yet; `stages` names the stage of each rank."""
+    def __init__(self, stages: Sequence[int], threshold: float) -> None:
+        """Nothing seen yet.
+
+        Args:
+            stages: the stage of each rank.
+            threshold: share of deviation that counts. Kernels vary by a per cent or so; heat costs ten and more.
+        """
+        self._threshold = threshold
         self.has_changed = False
         self._stages = stages
         self._streaks: dict[int, int] = {}
@@ -78,16 +82,16 @@ class SpeedWatch:
             of_stage[stage] = max(of_stage.get(stage, -1.0), speed.slowness)
             if speed.throttled:
                 explained.add(stage)
-            if speed.expected_s and speed.slowness <= SLOW:
+            if speed.expected_s and speed.slowness <= self._threshold:
                 self._flagged.discard(rank)
         for stage, slowness in of_stage.items():
-            self._streaks[stage] = self._streaks.get(stage, 0) + 1 if abs(slowness) > SLOW else 0
+            self._streaks[stage] = self._streaks.get(stage, 0) + 1 if abs(slowness) > self._threshold else 0
         self.has_changed = any(
             streak >= self._patience * (1 if stage in explained else _UNEXPLAINED_FACTOR)
             for stage, streak in self._streaks.items()
         )
         slowest = max(range(len(speeds)), key=lambda rank: speeds[rank].slowness)
-        if speeds[slowest].slowness <= SLOW or slowest in self._flagged:
+        if speeds[slowest].slowness <= self._threshold or slowest in self._flagged:
             return None
         self._flagged.add(slowest)
         return SlowRank(slowest, iteration, speeds[slowest])

@@ -1,7 +1,7 @@
 """Runs a function in the ranks of a real DeepSpeed job, each a process of its own, and brings back what they return.
 
-`launch` starts one process that imports torch and DeepSpeed once and forks the ranks, which saves most of a launch's CPU
-time. As a program (`python -m tests.deepspeed.launcher`) it is that process.
+`launch` starts one process that imports torch and DeepSpeed once and forks the ranks, which saves most of a launch's
+CPU time. As a program (`python -m tests.deepspeed.launcher`) it is that process.
 """
 
 from __future__ import annotations

@@ -207,8 +207,8 @@ def losses(config: dict[str, Any], stages: int, iterations: int) -> tuple[list[f
     return values, plan
 
 
-def losses_with_and_without(iterations: int) -> dict[str, Any]:
-    """Losses in three layouts, without the block and with it."""
+def losses_with_and_without(iterations: int, layouts: list[str]) -> dict[str, Any]:
+    """Losses in some layouts, without the block and with it."""
     from perseus_ds.simulated_work import occupy_simulated_gpus
 
     start()
@@ -219,6 +219,8 @@ def losses_with_and_without(iterations: int) -> dict[str, Any]:
         ("pp2 x dp2", 2, batch_config(4)),
         ("pp2 x dp2, bf16, zero-1", 2, batch_config(4, **BF16)),
     ):
+        if name not in layouts:
+            continue
         without, _ = losses(config, stages, iterations)
         under, plan = losses({**config, "perseus": QUICK}, stages, iterations)
         compared[name] = {"without": without, "with": under, "plan": plan}
@@ -265,13 +267,21 @@ def train_under_a_plan(config: dict[str, Any], stages: int, iterations: int) -> 
 
 def faults() -> dict[str, Any]:
     """One thing after another that must not hurt the training; returns what was seen of each."""
-    from perseus_ds import session_of, start as perseus_start
+    from perseus_ds import session_of
     from perseus_ds.simulated_work import occupy_simulated_gpus
 
     start()
     occupy_simulated_gpus()
     seen: dict[str, Any] = {}
     config = {**batch_config(4), "perseus": QUICK}
+
+    # An engine without a pipeline
+    model = torch.nn.Linear(WIDTH, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    loss = plain(torch.ones(2, WIDTH)).sum()
+    plain.backward(loss)
+    seen["no pipeline"] = loss.item()
 
     reference, _ = losses(batch_config(4), 2, 8)
 
@@ -317,14 +327,6 @@ def faults() -> dict[str, Any]:
     PipelineEngine._exec_schedule = lambda self, pipe_schedule: execute_schedule(self, pipe_schedule)
     seen["differs"] = losses(config, 2, 4)[0] == reference[:4]
     PipelineEngine._exec_schedule = execute_schedule
-
-    # An engine without a pipeline
-    model = torch.nn.Linear(WIDTH, WIDTH)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    plain, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    loss = plain(torch.ones(2, WIDTH)).sum()
-    plain.backward(loss)
-    seen["no pipeline"] = loss.item()
     stop()
     return seen
 
@@ -355,7 +357,7 @@ def short_job(perseus: dict[str, Any] | None, iterations: int = 8, kill: int | N
     return {"losses": values}
 
 
-def checkpointed_job(perseus: dict[str, Any], folder: str, iterations: int, resume: bool) -> dict[str, Any]:
+def checkpointed_job(perseus: dict[str, Any], checkpoint: str, iterations: int, resume: bool) -> dict[str, Any]:
     """A job that goes on from a checkpoint, or makes one at its end; returns the session's status at each iteration."""
     from perseus_ds import session_of
     from perseus_ds.simulated_work import occupy_simulated_gpus
@@ -365,7 +367,7 @@ def checkpointed_job(perseus: dict[str, Any], folder: str, iterations: int, resu
     engine = make_engine({**batch_config(4), "perseus": perseus}, 2)
     batches = data(engine)
     if resume:
-        engine.load_checkpoint(folder)
+        engine.load_checkpoint(checkpoint)
     phases, plans, saving = [], [], 0.0
     for _ in range(iterations):
         engine.train_batch(batches)
@@ -375,7 +377,7 @@ def checkpointed_job(perseus: dict[str, Any], folder: str, iterations: int, resu
             plans.append(session.status().plan)
             saving = session.status().promised_saving
     if not resume:
-        engine.save_checkpoint(folder)
+        engine.save_checkpoint(checkpoint)
     stop()
     return {"phases": phases, "plans": plans, "promised_saving": saving}
 
@@ -383,6 +385,7 @@ def checkpointed_job(perseus: dict[str, Any], folder: str, iterations: int, resu
 def run_configs(paths: list[str]) -> dict[str, Any]:
     """Every ready-made config as it is, but for the size of its batch; returns what was understood of it."""
     import json
+    import os
     from pathlib import Path
 
     from perseus_ds import session_of
@@ -390,6 +393,7 @@ def run_configs(paths: list[str]) -> dict[str, Any]:
 
     start()
     occupy_simulated_gpus()
+    os.chdir(os.environ["PERSEUS_TEST_FOLDER"])  # files that a config names lie where the job runs
     seen = {}
     for path in paths:
         config = json.loads(Path(path).read_text())

@@ -2,89 +2,80 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.deepspeed.launcher import REPOSITORY
 
-IS_HOOKED = """
+ENTRY_POINT_OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+LOOK = """
+import json, sys
+def ours():
+    return sorted(name for name in sys.modules if name.startswith("perseus"))
+{imports}
 from deepspeed.runtime.pipe.engine import PipelineEngine
-print("hooked" if hasattr(PipelineEngine.__init__, "of_perseus") else "as it was")
+loader = sys.modules[PipelineEngine.__module__].__loader__
+print(json.dumps({{
+    "hooked": hasattr(PipelineEngine.__init__, "of_perseus"),
+    "ours": ours(),
+    "ours after torch": globals().get("after_torch"),
+    "loader": [type(loader).__name__, sorted(vars(loader))],
+}}))
 """
 
 
-def python(code: str, *, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a new process; files in the folder can be imported before anything else."""
-    folders = [str(folder) if folder else "", str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, folders))
-    return subprocess.run(
-        [sys.executable, "-c", code],
+def look(imports: str, *, folder: Path, **environment: str) -> tuple[dict[str, Any], str]:
+    """What a new process finds after some imports, and what it wrote to stderr; the folder is first on its path."""
+    path = os.pathsep.join(filter(None, [str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK.format(imports=imports)],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **environment},
         capture_output=True,
         text=True,
         timeout=100,
     )
-
-
-def last_line(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import deepspeed",
-        "import perseus_ds, deepspeed",
-        "import deepspeed, perseus_ds",
-        "import deepspeed.runtime.pipe.engine, perseus_ds",
-    ],
-)
-def test_pipeline_engine_is_looked_at(imports: str) -> None:
-    """By the installed entry point alone, and by `import perseus_ds` before or after DeepSpeed."""
-    without_entry_point = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if "perseus_ds" in imports else {}
-    assert last_line(python(imports + IS_HOOKED, **without_entry_point)) == "hooked"
+def test_installed_package_looks_at_pipeline_engines(tmp_path: Path) -> None:
+    """By its entry point alone; and it loads nothing but what looks for a block, and leaves no trace on the import."""
+    found, _ = look("import torch; after_torch = ours(); import deepspeed", folder=tmp_path)
+    assert found["hooked"]
+    assert found["ours after torch"] == ["perseus_autoload"]
+    assert found["ours"] == ["perseus_autoload", "perseus_ds", "perseus_ds.activation"]
+    assert found["loader"] == ["SourceFileLoader", ["name", "path"]]
 
 
-@pytest.mark.parametrize("imports", ["import deepspeed", "import perseus_ds, deepspeed"])
-def test_environment_variable_switches_off(imports: str) -> None:
-    """With PERSEUS_DISABLE=1 DeepSpeed is as it was."""
-    assert last_line(python(imports + IS_HOOKED, PERSEUS_DISABLE="1")) == "as it was"
+@pytest.mark.parametrize("imports", ["import perseus_ds, deepspeed", "import deepspeed, perseus_ds"])
+def test_one_line_does_the_same(imports: str, tmp_path: Path) -> None:
+    """`import perseus_ds` before or after DeepSpeed, where entry points are switched off."""
+    assert look(imports, folder=tmp_path, **ENTRY_POINT_OFF)[0]["hooked"]
 
 
-def test_importing_torch_imports_nothing_of_ours() -> None:
-    """The entry point brings one small module, and neither the core nor an adapter."""
-    code = "import sys, torch\nprint(sorted(m for m in sys.modules if m.startswith('perseus')))"
-    assert last_line(python(code)) == "['perseus_autoload']"
-
-
-def test_importing_deepspeed_imports_no_planner() -> None:
-    """Without a block nothing is loaded but what looks for one."""
-    code = "import sys, deepspeed\nprint(sorted(m for m in sys.modules if m.startswith('perseus')))"
-    assert last_line(python(code)) == "['perseus_autoload', 'perseus_ds', 'perseus_ds.activation']"
+def test_environment_variable_switches_off(tmp_path: Path) -> None:
+    """With PERSEUS_DISABLE=1 DeepSpeed is as it was, whatever is imported."""
+    assert not look("import deepspeed, perseus_ds", folder=tmp_path, PERSEUS_DISABLE="1")[0]["hooked"]
 
 
 def test_broken_adapter_breaks_no_import(tmp_path: Path) -> None:
     """A package of ours that cannot be imported leaves DeepSpeed importable, with one line that says so."""
     (tmp_path / "perseus_ds").mkdir()
     (tmp_path / "perseus_ds" / "__init__.py").write_text("raise RuntimeError('broken on purpose')")
-    done = python("import deepspeed" + IS_HOOKED, folder=tmp_path)
-    assert last_line(done) == "as it was"
-    assert done.stderr.count("perseus: not active, training is untouched: RuntimeError: broken on purpose") == 1
+    found, errors = look("import deepspeed", folder=tmp_path)
+    assert not found["hooked"]
+    assert errors.count("perseus: not active, training is untouched: RuntimeError: broken on purpose") == 1
 
 
 def test_shadowed_package_breaks_no_import(tmp_path: Path) -> None:
-    """A stranger's folder with the name of our adapter leaves torch and DeepSpeed importable."""
+    """A stranger's package with the name of our adapter leaves torch and DeepSpeed importable."""
     (tmp_path / "perseus_ds").mkdir()
-    done = python("import deepspeed" + IS_HOOKED, folder=tmp_path)
-    assert last_line(done) == "as it was"
-
-
-def test_watched_module_keeps_its_loader() -> None:
-    """Nothing of ours stays in the import machinery of a module that was awaited."""
-    code = "import deepspeed.runtime.pipe.engine as e\nprint(type(e.__loader__).__name__, vars(e.__loader__).keys())"
-    assert last_line(python(code)) == "SourceFileLoader dict_keys(['name', 'path'])"
+    (tmp_path / "perseus_ds" / "__init__.py").write_text("")
+    assert not look("import deepspeed", folder=tmp_path)[0]["hooked"]

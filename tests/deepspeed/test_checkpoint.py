@@ -11,7 +11,7 @@ from tests.deepspeed.scenarios import QUICK
 def test_resumed_job_goes_on_with_its_plan(make_node: MakeNode, tmp_path: Path) -> None:
     """The plan travels in DeepSpeed's checkpoint: the resumed job runs under it without profiling again."""
     environment = on(make_node(0.03, clock_latency_s=0.001, energy_counter_period_s=0.01))
-    job = {"perseus": QUICK, "folder": str(tmp_path / "checkpoint")}
+    job = {"perseus": QUICK, "checkpoint": str(tmp_path / "checkpoint")}
     first = launch("checkpointed_job", 2, tmp_path / "1", environment=environment, iterations=60, resume=False, **job)
     before = first.results_of_all()[0]
     assert "profile" in before["phases"]

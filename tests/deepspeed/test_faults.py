@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,13 @@ def test_engine_without_pipeline_is_left_alone(seen: list[dict[str, Any]], job: 
     assert job.output.count("but this engine has no pipeline") == 1
 
 
-def test_missing_pynvml(tmp_path: Path) -> None:
+def test_missing_pynvml(make_node: MakeNode, tmp_path: Path) -> None:
     """Where `pynvml` cannot be imported, training ends well and one line names what is missing."""
     (tmp_path / "pynvml.py").write_text("raise ImportError('no pynvml here')")
-    job = launch(
-        "short_job",
-        2,
-        tmp_path / "job",
-        environment={"PYTHONPATH": str(tmp_path), "PERSEUS_SIMULATED_GPUS": ""},
-        perseus=BLOCK,
-    )
-    assert all(len(rank["losses"]) == 8 for rank in job.results_of_all())
+    environment = on(make_node(0.03))
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    job = launch("short_job", 2, tmp_path / "job", environment=environment, perseus=BLOCK, iterations=20)
+    assert all(len(rank["losses"]) == 20 for rank in job.results_of_all())
     assert job.output.count("nvidia-ml-py") == 1
 
 
@@ -77,8 +74,8 @@ def test_no_permission(make_node: MakeNode, tmp_path: Path) -> None:
     node = make_node(0.03, clock_latency_s=0.001, energy_counter_period_s=0.01)
     for gpu in node.gpus:
         faults.deny_permission(gpu)
-    job = launch("short_job", 2, tmp_path, environment=on(node), perseus=BLOCK)
-    assert all(len(rank["losses"]) == 8 for rank in job.results_of_all())
+    job = launch("short_job", 2, tmp_path, environment=on(node), perseus=BLOCK, iterations=20)
+    assert all(len(rank["losses"]) == 20 for rank in job.results_of_all())
     assert job.output.count("CAP_SYS_ADMIN") == 1
 
 

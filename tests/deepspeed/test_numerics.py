@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ def compared(make_node: MakeNode, tmp_path_factory: pytest.TempPathFactory) -> l
     """For every rank and layout the losses without and with the block."""
     folder = tmp_path_factory.mktemp("losses")
     environment = on(make_node(0.03, clock_latency_s=0.001, energy_counter_period_s=0.01))
-    job = launch("losses_with_and_without", 4, folder, environment=environment, iterations=ITERATIONS)
+    job = launch("losses_with_and_without", 4, folder, environment=environment, iterations=ITERATIONS, layouts=LAYOUTS)
     return job.results_of_all()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import sys
 import time
 import types
@@ -77,9 +78,10 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 def install() -> None:
     """What megatron.core needs."""
     cuda: Any = torch.cuda
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     replaced = {
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
+        "current_device": lambda: local_rank,
+        "device_count": lambda: local_rank + 1,
         "get_rng_state": lambda device="cuda": torch.get_rng_state(),
         "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,

@@ -133,7 +133,11 @@ def train(
     result: dict[str, Any] = {"rank": torch.distributed.get_rank()}
     if also_without:
         training = Training(Sizes(**sizes), TEXT)
-        result["losses_without"] = [training.step(microbatches) for _ in range(iterations)]
+        result["losses_without"] = []
+        for iteration in range(iterations):
+            result["losses_without"].append(training.step(microbatches))
+            if evaluate_every and iteration % evaluate_every == 0:
+                training.evaluate(microbatches)
         parallel_state.destroy_model_parallel()
     training = Training(Sizes(**sizes), TEXT)
     if occupied:

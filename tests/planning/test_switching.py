@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Measurement, Profile
 from perseus_core.planning.rounding import Rounder
-from perseus_core.planning.schedule import InstructionType, Kind, gpipe, one_f_one_b
+from perseus_core.planning.schedule import InstructionType, Kind, gpipe, interleaved, one_f_one_b
 from perseus_core.planning.solver import solve
 from perseus_core.planning.switching import choose_clocks, execute_with_switching
 
@@ -144,6 +143,34 @@ def test_a_plan_keeps_its_promise(
     assert chosen.iteration_time_s == really.iteration_time_s <= limit_s
     assert chosen.energy_j == pytest.approx(really.energy_j)
     assert chosen.energy_j < all_max(problem).energy_j
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Profile:
+    """Two stages with two chunks; three clocks, anything between a tenth and a whole second, useful or not."""
+    thousandths = st.integers(100, 1000)
+    return Profile(
+        tuple(
+            Measurement(InstructionType(stage, chunk, kind), clock, draw(thousandths) / 1000, draw(thousandths) / 10)
+            for stage in range(2)
+            for chunk in range(2)
+            for kind in (Kind.FORWARD, Kind.BACKWARD)
+            for clock in (1400, 1050, 700)
+        )
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(profiles(), st.floats(0, 0.5), st.floats(1, 2), st.sampled_from([0.0, 0.05]))
+def test_any_plan_is_in_time(profile: Profile, latency_s: float, slowdown: float, outside_time_s: float) -> None:
+    """Whatever the profile: never longer than promised, at measured clocks, if all clocks at maximum are in time."""
+    problem = PipelineProblem.of(profile, interleaved(2, 4, 2), 20.0, outside_time_s=outside_time_s)
+    limit_s = slowdown * all_max(problem).iteration_time_s
+    chosen = choose_clocks(problem, solve(problem), limit_s, switch_latency_s=latency_s)
+    really = execute_with_switching(problem, chosen.clocks_mhz, latency_s)
+    assert chosen.iteration_time_s == really.iteration_time_s <= limit_s * (1 + 1e-12)
+    assert chosen.energy_j == pytest.approx(really.energy_j)
+    execute(problem, chosen.clocks_mhz)  # refuses what was not measured
 
 
 @pytest.mark.parametrize("latency_s", [0.01, 0.02])

@@ -1,4 +1,4 @@
-"""A small pipeline job without a framework: real processes, real gloo, simulated GPUs. Run as a program; `run` starts it.
+"""A small pipeline job without a framework: real processes, real gloo, simulated GPUs. `run` starts it.
 
 Every rank executes its stage of 1F1B. A forward or backward is an instruction of the work emulator, and a
 little arithmetic whose result depends on every instruction in order: the loss that must not change.
@@ -31,7 +31,8 @@ class PipelineJob:
         node: folder of the simulated GPUs.
         out: folder for results: `rank<i>.json` and `rank<i>.log`.
         settings: the user's block; empty for a job without us.
-        iterations: how many.
+        iterations: how many at most.
+        iterations_under_plan: stop when a plan has run for so many; 0 for never.
         num_stages, data_parallel: ranks are stages x data_parallel.
         num_microbatches: of an iteration.
         tail_s: time outside the pipeline.
@@ -55,6 +56,7 @@ class PipelineJob:
     short_every: int = 0
     swap_order_at: int = -1
     close_at: int = -1
+    iterations_under_plan: int = 0
 
 
 def run(job: PipelineJob, timeout_s: float = 300) -> list[dict[str, Any] | None]:
@@ -107,8 +109,7 @@ def log_of(job: PipelineJob, rank: int = 0) -> list[str]:
 
 def _serve() -> None:
     """Reads paths of job files from stdin, starts each job in a session of its own and prints its process id."""
-    import torch  # noqa: F401  (once, before anything is forked)
-    import torch.distributed  # noqa: F401
+    import torch.distributed  # noqa: F401  (once, before anything is forked)
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for line in sys.stdin:
@@ -165,7 +166,9 @@ def _train(rank: int, job: PipelineJob) -> None:
     store = dist.FileStore(str(Path(job.out) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     stage, replica = rank % job.num_stages, rank // job.num_stages
-    replicas = [dist.new_group([r * job.num_stages + s for r in range(job.data_parallel)]) for s in range(job.num_stages)]
+    replicas = [
+        dist.new_group([r * job.num_stages + s for r in range(job.data_parallel)]) for s in range(job.num_stages)
+    ]
     node = simulated.open_node()
     emulator = simulated.WorkEmulator(node, rank)
     session = open_session(
@@ -217,7 +220,16 @@ def _train(rank: int, job: PipelineJob) -> None:
 
     begins_s, energies_j, losses, hook_s = [], [], [], []
     started_cpu_s = time.process_time()
+    under_plan, last = 0, job.iterations
     for iteration in range(job.iterations):
+        if job.iterations_under_plan:
+            under_plan += session.status().plan > 0
+            if rank == 0 and under_plan == job.iterations_under_plan:
+                store.set("last", str(iteration + 3))  # no rank is further ahead
+            if store.check(["last"]):
+                last = int(store.get("last"))
+        if iteration >= last:
+            break
         _do_faults(job, rank, iteration, node, session)
         if iteration == job.close_at:
             status = session.status()
@@ -274,7 +286,7 @@ def _train(rank: int, job: PipelineJob) -> None:
 
 
 def _do_faults(job: PipelineJob, rank: int, iteration: int, node: Any, session: Any) -> None:
-    """Faults are dicts: rank, iteration, what (throttle, deny, unsupported, hang, lose, clear, kill, raise, ...), value."""
+    """Faults are dicts with rank, iteration, what and, for some, value."""
     from perseus_core.gpu.simulated import faults
 
     for fault in job.faults:
@@ -296,6 +308,7 @@ def _do_faults(job: PipelineJob, rank: int, iteration: int, node: Any, session: 
         elif what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif what == "raise":
+
             def broken(*_: Any) -> Any:
                 raise ZeroDivisionError("an error of ours")
 

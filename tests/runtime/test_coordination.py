@@ -8,7 +8,12 @@ from perseus_core.runtime.coordination import ActivePlan, Coordination, Limits, 
 from perseus_core.runtime.heartbeat import NONE, Heartbeat, Introduction
 
 LIMITS = Limits(
-    measure_only=False, warmup_iterations=1, baseline_iterations=2, watch_iterations=2, tolerance=0.01, max_corrections=2
+    measure_only=False,
+    warmup_iterations=1,
+    baseline_iterations=2,
+    watch_iterations=2,
+    tolerance=0.01,
+    max_corrections=2,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import signal
 import time
@@ -19,7 +20,7 @@ from tests.runtime.pipeline import PipelineJob, log_of, run
 
 pytest.importorskip("torch")
 
-TIME_SCALE = 0.06
+TIME_SCALE = 0.1
 # Wide tolerances: on a busy machine processes run late, and these tests are about what the session does, not how well.
 QUICK = {
     "enabled": True,
@@ -29,6 +30,8 @@ QUICK = {
     "profile_iterations": 1,
     "watch_iterations": 4,
     "tolerance": 0.5,
+    "slow_gpu": 0.2,
+    "switch_latency_s": 0.002,
 }
 SET_CLOCKS = "nvmlDeviceSetGpuLockedClocks"
 
@@ -74,7 +77,7 @@ class Ran:
 
     @property
     def warnings(self) -> list[str]:
-        """Without those that a busy machine causes: of instructions that take longer than they should."""
+        """Without those that a busy machine causes: instructions that take longer than they should."""
         lines = [line for rank in range(4) for line in log_of(self.job, rank) if " WARNING " in line]
         return [line for line in lines if "slower than its profile" not in line or "power or heat" in line]
 
@@ -105,7 +108,7 @@ def run_job(make_node: MakeNode, tmp_path_factory: pytest.TempPathFactory) -> Ru
 @pytest.fixture(scope="module")
 def plain(run_job: Run) -> Ran:
     """The job without us: what the losses must be."""
-    return run_job(24, {"enabled": False})
+    return run_job(22, {"enabled": False})
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +118,14 @@ def state_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def planned(run_job: Run, state_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The job under the session from the first iteration to the verdict on its plan."""
+    """The job under the session from the first iteration until its plan was judged."""
     settings = {
         **QUICK,
         "state_file": str(state_file),
         "profile_cache": str(state_file.parent),
         "frontier_file": str(state_file.parent / "frontier.json"),
     }
-    return run_job(56, settings)
+    return run_job(150, settings, iterations_under_plan=12)
 
 
 @pytest.fixture
@@ -143,7 +146,7 @@ def _losses(ran: Ran, count: int) -> list[list[float]]:
 
 def _energies_j(ran: Ran) -> list[float]:
     total = [sum(of_ranks) for of_ranks in zip(*(rank["energies_j"] for rank in ran.finished), strict=True)]
-    return [after - before for before, after in zip(total, total[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(total)]
 
 
 def test_a_job_is_profiled_planned_and_saves_what_was_promised(planned: Ran) -> None:
@@ -158,7 +161,7 @@ def test_a_job_is_profiled_planned_and_saves_what_was_promised(planned: Ran) -> 
 
 def test_the_numbers_of_training_are_the_same(planned: Ran, plain: Ran) -> None:
     """Bit for bit, on every rank."""
-    assert _losses(planned, 24) == _losses(plain, 24)
+    assert _losses(planned, 22) == _losses(plain, 22)
 
 
 def test_the_clocks_are_given_back_at_the_end(planned: Ran) -> None:
@@ -219,7 +222,16 @@ def test_a_gpu_fault_ends_the_plan_and_not_the_training(
     restarted: Run, plain: Ran, what: str, value: Any, message: str
 ) -> None:
     """While a plan runs: losses unchanged, clocks reset, one log line that says why."""
-    ran = restarted(30 if what == "hang" else 22, faults=[{"rank": 1, "iteration": 10, "what": what, "value": value}])
+    faults = [
+        {"rank": 1, "iteration": 10, "what": what, "value": value},
+        {
+            "rank": 0,
+            "iteration": 11,
+            "what": "straggler",
+            "value": 1.3,
+        },  # a new plan, so that clocks change for certain
+    ]
+    ran = restarted(34 if what == "hang" else 24, faults=faults)
     assert _losses(ran, 22) == _losses(plain, 22)
     warnings = [line for line in ran.warnings if "slower than its profile" not in line]
     assert [message in line for line in warnings] == [True]

@@ -27,7 +27,10 @@ def test_most_users_write_only_enabled() -> None:
         ({"policy": "zues"}, 'config "perseus.policy": "zues" is not a policy; did you mean "zeus"?'),
         ({"policy": "power_cap"}, 'config "perseus.power_cap_w" is missing; policy "power_cap" needs it'),
         ({"eta": 0.5}, 'config "perseus.eta" is set, but policy "no_slowdown" does not use it'),
-        ({"policy": "min_energy", "max_slowdown": 0.1}, 'config "perseus.max_slowdown" is set, but policy "min_energy"'),
+        (
+            {"policy": "min_energy", "max_slowdown": 0.1},
+            'config "perseus.max_slowdown" is set, but policy "min_energy"',
+        ),
         ({"straggler_slowdown": 0.9}, 'config "perseus.straggler_slowdown": 0.9 is below 1'),
         ({"profile_clocks": 1}, 'config "perseus.profile_clocks": 1 must be a whole number, 2 or more'),
         ({"switch_latency_s": "fast"}, 'config "perseus.switch_latency_s": "fast" must be "auto" or seconds'),
@@ -69,9 +72,7 @@ def test_max_slowdown_alone_is_a_policy(frontier: Frontier[PipelineProblem]) -> 
         {},
     ],
 )
-def test_every_policy_picks_a_point_of_the_frontier(
-    block: dict[str, Any], frontier: Frontier[PipelineProblem]
-) -> None:
+def test_every_policy_picks_a_point_of_the_frontier(block: dict[str, Any], frontier: Frontier[PipelineProblem]) -> None:
     """And the ones that count only energy pick the point of least energy."""
     time_s = Settings.from_mapping(block).pick(frontier, frontier.fastest_time_s)
     assert frontier.fastest_time_s <= time_s <= frontier.min_energy_time_s

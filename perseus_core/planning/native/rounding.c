@@ -252,10 +252,11 @@ static void reclaim_all(Plan *p) {
 }
 
 const char improve_plan_doc[] =
-    "improve_plan(order, first_predecessor, predecessor, predecessor_latency, first_successor, successor, successor_latency, curve,\n"
-    "             first_point, time, cost, point, limit, window, trials_per_window, /)\n\n"
+    "improve_plan(order, first_predecessor, predecessor, predecessor_latency, first_successor, successor,\n"
+    "             successor_latency, curve, first_point, time, cost, point, limit, window, trials_per_window, /)\n\n"
     "Brings a plan within `limit` if that can be, reclaims its slack, then searches around it if there are trials.\n\n"
-    "order: nodes in topological order. Edges are given twice, by successor and by predecessor. point: index of each node into time and cost.\n"
+    "order: nodes in topological order. Edges are given twice, by successor and by predecessor. point: index of each node\n"
+    "into time and cost.\n"
     "Returns the new points (int32 bytes), which leave no single step that would save in time.";
 
 PyObject *improve_plan(PyObject *module, PyObject *args) {

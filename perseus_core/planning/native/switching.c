@@ -28,9 +28,11 @@ typedef struct {
     double switch_latency, outside, waiting_power, limit;
     int32_t *clock; /* per node */
     double *start, *end, *duration, *spent, *tail;
-    double *gap; /* per node: idle time of its stage before it */
+    double *gap;                 /* per node: idle time of its stage before it */
+    double *settled_gap, *slack; /* the same, and what is left of the limit, when slack was settled last */
     Stage *stages;
     double length, total; /* iteration time without outside, and energy, of the last run */
+    int32_t *undo; /* per node: its clock before the trial */
     int64_t trials;
 } Pipeline;
 
@@ -104,48 +106,61 @@ static int32_t behind(const Pipeline *p, int32_t node) {
     return node == p->first_of_stage[stage + 1] - 1 ? p->first_of_stage[stage] : node + 1;
 }
 
-/* Longest paths from the end of each node, at the durations of the last run. */
-static void settle_tails(Pipeline *p) {
+/* What the limit leaves each node, and the idle time before it, in the last run. */
+static void settle_slack(Pipeline *p) {
     for (int32_t i = 0; i < p->num_nodes; i++) p->tail[i] = 0;
     for (int32_t i = p->num_nodes; i-- > 0;) {
         const int32_t node = p->order[i];
+        const double to_end = p->duration[node] + p->tail[node];
+        p->slack[node] = p->limit - p->start[node] - to_end;
+        p->settled_gap[node] = p->gap[node];
         for (int32_t e = p->first_predecessor[node]; e < p->first_predecessor[node + 1]; e++) {
-            const double tail = p->tail[node] + p->duration[node] + p->predecessor_latency[e];
-            if (tail > p->tail[p->predecessor[e]]) p->tail[p->predecessor[e]] = tail;
+            double *tail = &p->tail[p->predecessor[e]];
+            if (to_end + p->predecessor_latency[e] > *tail) *tail = to_end + p->predecessor_latency[e];
         }
     }
 }
 
-static int is_late(const Pipeline *p, int32_t node) { return p->start[node] + p->duration[node] + p->tail[node] > p->limit; }
+/* What another clock for a node changes: the time of it and of the node behind it, and what both cost; if the idle times
+ * before them stay. */
+typedef struct {
+    int32_t behind;
+    double time, time_behind, cost;
+} Effect;
 
-/* What another clock for a node costs per second that it and the node behind it gain where they are late, gaps staying as they
- * are; infinite if they gain nothing. */
+static Effect effect_of(const Pipeline *p, int32_t node, int32_t clock) {
+    const int32_t next = behind(p, node), earlier = p->clock[before(p, node)], now = p->clock[node], later = p->clock[next];
+    const double at_old = p->switch_latency - p->settled_gap[node], at_old_behind = p->switch_latency - p->settled_gap[next];
+    double time, cost, new_time, new_cost, time_behind, cost_behind, new_time_behind, new_cost_behind;
+    blend(p, p->type[node], earlier, now, at_old, &time, &cost);
+    blend(p, p->type[node], earlier, clock, at_old, &new_time, &new_cost);
+    blend(p, p->type[next], now, later, at_old_behind, &time_behind, &cost_behind);
+    blend(p, p->type[next], clock, later, at_old_behind, &new_time_behind, &new_cost_behind);
+    return (Effect){next, new_time - time, new_time_behind - time_behind, new_cost - cost + new_cost_behind - cost_behind};
+}
+
+static int is_allowed(const Pipeline *p, int32_t node, int32_t clock) {
+    return clock != NONE && p->allowed[p->type[node] * p->num_clocks + clock];
+}
+
+/* What another clock for a node costs per second that it and the node behind it gain where they are late; infinite if they
+ * gain nothing. */
 static double price_of(const Pipeline *p, int32_t node, int32_t clock) {
-    if (clock == NONE || !p->allowed[p->type[node] * p->num_clocks + clock]) return INFINITY;
-    const int32_t nodes[] = {node, behind(p, node)}, old_before[] = {p->clock[before(p, node)], p->clock[node]};
-    double gained = 0, paid = 0;
-    for (int k = 0; k < 2; k++) {
-        const int32_t type = p->type[nodes[k]];
-        const int32_t new_before = k ? clock : old_before[k], new_clock = k ? p->clock[nodes[k]] : clock;
-        const double at_old = p->switch_latency - p->gap[nodes[k]];
-        double time, cost, new_time, new_cost;
-        blend(p, type, old_before[k], p->clock[nodes[k]], at_old, &time, &cost);
-        blend(p, type, new_before, new_clock, at_old, &new_time, &new_cost);
-        paid += new_cost - cost;
-        if (is_late(p, nodes[k])) gained += time - new_time;
-    }
-    return gained > 0 ? paid / gained : INFINITY;
+    if (!is_allowed(p, node, clock)) return INFINITY;
+    const Effect effect = effect_of(p, node, clock);
+    const double gained = (p->slack[node] < 0 ? -effect.time : 0) + (p->slack[effect.behind] < 0 ? -effect.time_behind : 0);
+    return gained > 0 ? effect.cost / gained : INFINITY;
 }
 
 /* Makes late nodes faster, or the nodes before them so that they need no change, at the least price; until the iteration is in
  * time or nothing is left to do. Every step makes a node faster, so it ends. */
 static void repair(Pipeline *p) {
     for (run(p); p->length > p->limit; run(p)) {
-        settle_tails(p);
+        settle_slack(p);
         double least = INFINITY;
         int32_t chosen = NONE, chosen_clock = NONE;
         for (int32_t i = 0; i < p->num_nodes; i++) {
-            if (!is_late(p, i)) continue;
+            if (p->slack[i] >= 0) continue;
             const int32_t b = before(p, i);
             const double *time = p->time + p->type[b] * p->num_clocks;
             const int32_t faster = p->faster[p->type[i] * p->num_clocks + p->clock[i]];
@@ -167,48 +182,69 @@ static void repair(Pipeline *p) {
     }
 }
 
-/* Gives nodes begin .. end - 1 this clock. Keeps it and returns 1 if the iteration is then less late, or as late and cheaper. */
-static int try_clock(Pipeline *p, int32_t begin, int32_t end, int32_t clock, int32_t *undo) {
-    if (clock == NONE) return 0;
+/* Gives nodes begin .. end - 1 this clock. Keeps it and returns 1 if the iteration is then less late, or no later and by at
+ * least a share of its energy cheaper. */
+static int try_clock(Pipeline *p, int32_t begin, int32_t end, int32_t clock, double least_saving) {
     int32_t changed = 0;
     for (int32_t i = begin; i < end; i++) {
-        if (!p->allowed[p->type[i] * p->num_clocks + clock]) return 0;
+        if (!is_allowed(p, i, clock)) return 0;
         changed |= p->clock[i] != clock;
     }
     if (!changed || p->trials <= 0) return 0;
     p->trials--;
-    const double late = p->length > p->limit ? p->length - p->limit : 0, total = p->total, length = p->length;
+    const double late = fmax(0, p->length - p->limit), total = p->total, length = p->length;
     for (int32_t i = begin; i < end; i++) {
-        undo[i] = p->clock[i];
+        p->undo[i] = p->clock[i];
         p->clock[i] = clock;
     }
     run(p);
-    const double now_late = p->length > p->limit ? p->length - p->limit : 0;
-    if (now_late < late || (now_late == late && p->total < total - 1e-12 * (total < 0 ? -total : total))) return 1;
-    for (int32_t i = begin; i < end; i++) p->clock[i] = undo[i];
+    const double now_late = fmax(0, p->length - p->limit);
+    if (now_late < late || (now_late == late && p->total <= total - least_saving * fabs(total))) {
+        settle_slack(p);
+        return 1;
+    }
+    for (int32_t i = begin; i < end; i++) p->clock[i] = p->undo[i];
     p->total = total;
     p->length = length;
     return 0;
 }
 
-/* Every run of equal clocks may take the clock of the run before or behind it, every node that of its neighbours or the
- * next useful one, faster or slower; until nothing helps. */
-static void settle_clocks(Pipeline *p, int32_t *undo) {
+static const double ANY = 0, SOME = 1e-12; /* shares of the energy to be saved at least */
+
+/* `try_clock` for one node, if that seems to save energy and to fit. */
+static int try_promising_clock(Pipeline *p, int32_t node, int32_t clock, double least_saving) {
+    if (!is_allowed(p, node, clock)) return 0;
+    const Effect effect = effect_of(p, node, clock);
+    const int fits = effect.time <= fmax(0, p->slack[node]) && effect.time_behind <= fmax(0, p->slack[effect.behind]);
+    if (effect.cost > 0 || !fits) return 0;
+    return try_clock(p, node, node + 1, clock, least_saving);
+}
+
+/* Every run of equal clocks may take the clock of the run before or behind it, if only to spare a change, or the next
+ * useful one, faster or slower; and so may every node. Until nothing helps. */
+static void settle_clocks(Pipeline *p) {
     repair(p);
+    settle_slack(p);
     for (int improved = 1; improved && p->trials > 0;) {
         improved = 0;
         for (int32_t s = 0; s < p->num_stages; s++) {
             const int32_t first = p->first_of_stage[s], last = p->first_of_stage[s + 1] - 1;
             for (int32_t begin = first, end; begin <= last; begin = end) {
                 for (end = begin + 1; end <= last && p->clock[end] == p->clock[begin];) end++;
-                improved |= try_clock(p, begin, end, p->clock[begin == first ? last : begin - 1], undo);
-                improved |= try_clock(p, begin, end, p->clock[end > last ? first : end], undo);
+                if (end == begin + 1) continue;
+                const int32_t *type = &p->type[begin], *clock = &p->clock[begin];
+                improved |= try_clock(p, begin, end, p->clock[before(p, begin)], ANY);
+                improved |= try_clock(p, begin, end, p->clock[behind(p, end - 1)], ANY);
+                improved |= try_clock(p, begin, end, p->slower[*type * p->num_clocks + *clock], SOME);
+                improved |= try_clock(p, begin, end, p->faster[*type * p->num_clocks + *clock], SOME);
             }
             for (int32_t i = first; i <= last; i++) {
-                improved |= try_clock(p, i, i + 1, p->clock[i == first ? last : i - 1], undo);
-                improved |= try_clock(p, i, i + 1, p->clock[i == last ? first : i + 1], undo);
-                improved |= try_clock(p, i, i + 1, p->slower[p->type[i] * p->num_clocks + p->clock[i]], undo);
-                improved |= try_clock(p, i, i + 1, p->faster[p->type[i] * p->num_clocks + p->clock[i]], undo);
+                const int32_t *clock = &p->clock[i], *earlier = &p->clock[before(p, i)], *later = &p->clock[behind(p, i)];
+                const double least_saving = *clock != *earlier && *clock != *later ? ANY : SOME;
+                improved |= try_promising_clock(p, i, *earlier, least_saving);
+                improved |= try_promising_clock(p, i, *later, least_saving);
+                improved |= try_promising_clock(p, i, p->slower[p->type[i] * p->num_clocks + *clock], SOME);
+                improved |= try_promising_clock(p, i, p->faster[p->type[i] * p->num_clocks + *clock], SOME);
             }
         }
     }
@@ -244,20 +280,21 @@ PyObject *run_with_switching(PyObject *module, PyObject *args) {
         .switch_latency = switch_latency, .outside = outside, .waiting_power = waiting_power, .limit = limit,
         .clock = malloc(n * sizeof(int32_t)), .end = malloc(n * sizeof(double)), .duration = malloc(n * sizeof(double)),
         .spent = malloc(n * sizeof(double)), .start = malloc(n * sizeof(double)), .tail = malloc(n * sizeof(double)),
-        .gap = malloc(n * sizeof(double)), .stages = malloc(num_stages * sizeof(Stage)), .trials = trials,
+        .gap = malloc(n * sizeof(double)), .settled_gap = malloc(n * sizeof(double)), .slack = malloc(n * sizeof(double)),
+        .undo = malloc(n * sizeof(int32_t)), .stages = malloc(num_stages * sizeof(Stage)), .trials = trials,
     };
-    int32_t *undo = malloc(n * sizeof(int32_t));
     PyObject *result = NULL;
-    if (p.clock && p.end && p.duration && p.spent && p.start && p.tail && p.gap && p.stages && undo) {
+    if (p.clock && p.end && p.duration && p.spent && p.start && p.tail && p.gap && p.settled_gap && p.slack && p.undo &&
+        p.stages) {
         memcpy(p.clock, b[CLOCK].buf, n * sizeof(int32_t));
         Py_BEGIN_ALLOW_THREADS
-        settle_clocks(&p, undo);
+        settle_clocks(&p);
         Py_END_ALLOW_THREADS
         result = Py_BuildValue("y#y#y#", p.clock, (Py_ssize_t)(n * sizeof(int32_t)), p.duration,
                                (Py_ssize_t)(n * sizeof(double)), p.spent, (Py_ssize_t)(n * sizeof(double)));
     } else
         PyErr_NoMemory();
-    void *owned[] = {p.clock, p.end, p.duration, p.spent, p.start, p.tail, p.gap, p.stages, undo};
+    void *owned[] = {p.clock, p.end, p.duration, p.spent, p.start, p.tail, p.gap, p.settled_gap, p.slack, p.undo, p.stages};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     for (int i = 0; i < NUM_ARRAYS; i++) PyBuffer_Release(&b[i]);
     return result;

@@ -1,0 +1,1 @@
+"""The demonstrations: `python -m demo.run` is what `make demo` runs."""
