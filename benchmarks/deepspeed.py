@@ -15,12 +15,14 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from demo.report import SETTLING, measured
 from demo.run import REPOSITORY, train
 from perseus_core.gpu.simulated import Description, create_node
+from perseus_core.planning.profile import Profile
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
@@ -41,11 +43,15 @@ def main() -> None:
     if arguments.only in (None, "cost"):
         print(f"hook on one pass, above the pass alone: {hook_cost_us():.2f} us")
     for layout in LAYOUTS if arguments.only is None else LAYOUTS.keys() & {arguments.only}:
-        rows = [run_job(layout, arguments, seed) for seed in range(arguments.runs)]
-        for name in rows[0]:
-            values = [row[name] for row in rows]
-            shown = "  ".join(f"{value:8.4g}" for value in values)
-            print(f"{layout:8s} {name:40s} {shown}   median {statistics.median(values):.4g}")
+        print_runs(layout, [run_job(LAYOUTS[layout], arguments, seed) for seed in range(arguments.runs)])
+
+
+def print_runs(layout: str, rows: list[dict[str, float]]) -> None:
+    """Every run's figures and their median."""
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        shown = "  ".join(f"{value:8.4g}" for value in values)
+        print(f"{layout:8s} {name:40s} {shown}   median {statistics.median(values):.4g}")
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -87,22 +93,41 @@ def hook_cost_us(passes: int = 200_000, repetitions: int = 7) -> float:
     return 1e6 * (cost_s(hooked) - cost_s(Engine()))
 
 
-def run_job(layout: str, arguments: argparse.Namespace, seed: int) -> dict[str, float]:
-    """One job; what it saved and what was promised."""
-    stages = LAYOUTS[layout]
+def run_job(
+    stages: int,
+    arguments: argparse.Namespace,
+    seed: int,
+    *,
+    config: dict[str, Any] = CONFIG,
+    module: str = "demo.train_gpt",
+    chunks: int = 1,
+    more: Sequence[str] = (),
+) -> dict[str, float]:
+    """One job; what it saved and what was promised.
+
+    Args:
+        stages: of the pipeline; what is left of four processes is data parallel.
+        arguments: of the command line.
+        seed: of the GPUs' noise.
+        config: of the training script.
+        module: the training script.
+        chunks: model chunks of a stage.
+        more: arguments of the training script.
+    """
     description = Description.load(REPOSITORY / "configs" / "gpus" / "a100.json")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         profile = last_stages(description.profile, stages, output / "profile.csv")
+        Profile.load(profile).divided_into_chunks(chunks).save(profile)
         changed = dataclasses.replace(description, profile=profile, time_scale=arguments.time_scale, seed=seed)
         gpus, laps = output / "gpus", output / "laps"
         gpus.mkdir()
         laps.mkdir()
         create_node(changed, gpus)
-        (output / "ds_config.json").write_text(json.dumps(CONFIG))
-        training = ["--config", str(output / "ds_config.json"), "--laps", str(laps), "--stages", str(stages)]
-        training += ["--text", str(REPOSITORY / "LICENSE"), "--iterations", str(arguments.iterations)]
-        if not train(training, gpus):
+        (output / "config.json").write_text(json.dumps(config))
+        training = ["--config", str(output / "config.json"), "--laps", str(laps), "--stages", str(stages)]
+        training += ["--text", str(REPOSITORY / "LICENSE"), "--iterations", str(arguments.iterations), *more]
+        if not train(training, gpus, module):
             raise SystemExit("the job did not end well")
         ranks = [json.loads(path.read_text()) for path in sorted(laps.glob("rank*.json"))]
     before = measured(ranks, lambda lap: lap["phase"] == "warm up")

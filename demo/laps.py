@@ -9,20 +9,28 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from perseus_core.gpu.simulated import open_node
-from perseus_ds import session_of
 
 
 class Laps:
     """Time and energy of this rank's GPU from one iteration's end to the next."""
 
-    def __init__(self, engine: Any, folder: Path) -> None:
-        """Starts now."""
-        self._engine = engine
-        self._file = folder / f"rank{engine.global_rank}.json"
+    def __init__(self, folder: Path, session: Callable[[], Any], *, stage: int, pipeline: int) -> None:
+        """Starts now.
+
+        Args:
+            folder: for the file.
+            session: gives this rank's session, or None where there is none yet.
+            stage: of this rank.
+            pipeline: of the data-parallel ones.
+        """
+        self._session = session
+        self._place = {"stage": stage, "pipeline": pipeline}
+        self._file = folder / f"rank{os.environ['RANK']}.json"
         self._gpu = open_node().gpus[int(os.environ["LOCAL_RANK"])]
         self._laps: list[dict[str, Any]] = []
         self._last_s, self._last_j = time.monotonic(), self._gpu.true_energy_j()
@@ -30,7 +38,7 @@ class Laps:
     def add(self, loss: float) -> None:
         """An iteration has ended."""
         now_s, now_j = time.monotonic(), self._gpu.true_energy_j()
-        session = session_of(self._engine)
+        session = self._session()
         status = None if session is None else session.status()
         self._laps.append(
             {
@@ -45,8 +53,7 @@ class Laps:
 
     def close(self) -> None:
         """Writes the file."""
-        session = session_of(self._engine)
+        session = self._session()
         status = {} if session is None else dataclasses.asdict(session.status())
         status.pop("phase", None)
-        stage = {"stage": self._engine.stage_id, "pipeline": self._engine.grid.get_data_parallel_id()}
-        self._file.write_text(json.dumps({**stage, "laps": self._laps, "status": status}))
+        self._file.write_text(json.dumps({**self._place, "laps": self._laps, "status": status}))

@@ -41,8 +41,13 @@ class Measured:
     energy_j: float
 
 
-def report(output: Path, *, seconds: float) -> dict[str, Any]:
+def report(output: Path, settings: Settings, *, seconds: float) -> dict[str, Any]:
     """Prints the table, writes the pictures and `report.json`; returns what is in it.
+
+    Args:
+        output: folder of the laps and the frontier, and of what is written.
+        settings: of the session.
+        seconds: that everything took.
 
     Raises:
         InputError: if the job ended before a plan was measured.
@@ -51,7 +56,7 @@ def report(output: Path, *, seconds: float) -> dict[str, Any]:
     before = measured(ranks, lambda lap: lap["phase"] == "warm up")
     after = measured(ranks, lambda lap: lap["plan"] > 0, skip=SETTLING)
     status, laps = ranks[0]["status"], ranks[0]["laps"]
-    figures = _draw(output)
+    figures = _draw(output, settings)
     content = {
         "saving": 1 - after.energy_j / before.energy_j,
         "promised_saving": status["promised_saving"],
@@ -92,11 +97,10 @@ def measured(ranks: list[dict[str, Any]], chosen: Callable[[dict[str, Any]], boo
     )
 
 
-def _draw(output: Path) -> list[str]:
+def _draw(output: Path, settings: Settings) -> list[str]:
     """The pictures of the plan that the session's frontier holds."""
     frontier = load_frontier(output / "frontier.json")
-    config = json.loads((output / "ds_config.json").read_text(encoding="utf-8"))
-    plan = make_plan(frontier, Settings.from_mapping(config["perseus"]).pick)
+    plan = make_plan(frontier, settings.pick)
     baseline = all_max(frontier.problem)
     save_figure(draw_before_and_after(frontier.problem, baseline, plan), output / "before-and-after.png")
     save_figure(draw_frontier(frontier, plan=plan), output / "frontier.png")

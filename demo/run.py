@@ -19,10 +19,11 @@ from perseus_core.errors import InputError
 from perseus_core.files import write_text
 from perseus_core.gpu.simulated import Description, create_node
 from perseus_core.gpu.simulated.command import environment_for
+from perseus_core.runtime.settings import Settings
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def main() -> int:
@@ -40,7 +41,7 @@ def main() -> int:
     print(f"times x {arguments.time_scale:g}")
     print(f"DeepSpeed config {arguments.config}: perseus = {json.dumps(config['perseus'])}\n")
     started_s = time.monotonic()
-    parent = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
+    parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="perseus-gpus-", dir=parent) as gpus:
         create_node(description, gpus)
         laps = output / "laps"
@@ -52,13 +53,13 @@ def main() -> int:
         if not train(training, Path(gpus)):
             print("\nThe training did not end well; the lines above say why.", file=sys.stderr)
             return 1
-    report(output, seconds=time.monotonic() - started_s)
+    report(output, Settings.from_mapping(config["perseus"]), seconds=time.monotonic() - started_s)
     _say_where_to_change_what(arguments)
     return 0
 
 
-def train(training: list[str], gpus: Path) -> bool:
-    """Starts one process for each stage, as any launcher would; ends all of them when one fails."""
+def train(training: list[str], gpus: Path, module: str = "demo.train_gpt") -> bool:
+    """Starts one process of a module for each stage, as any launcher would; ends all of them when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,8 +70,9 @@ def train(training: list[str], gpus: Path) -> bool:
         "WORLD_SIZE": "4",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        "TORCHDYNAMO_DISABLE": "1",  # Megatron would compile small functions for 13 s
     }
-    command = [sys.executable, "-W", "ignore", "-m", "demo.train_gpt", *training]
+    command = [sys.executable, "-W", "ignore", "-m", module, *training]
     ranks = [
         subprocess.Popen(command, cwd=REPOSITORY, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(4)

@@ -16,6 +16,7 @@ from deepspeed.pipe import PipelineModule
 
 from demo.gpt import cross_entropy, gpt_layers, microbatches
 from demo.laps import Laps
+from perseus_ds import session_of
 
 SEQUENCE_LENGTH = 64
 
@@ -48,7 +49,8 @@ def main() -> None:
         arguments.text, engine.train_micro_batch_size_per_gpu(), SEQUENCE_LENGTH, engine.grid.data_parallel_id
     )
 
-    laps = Laps(engine, arguments.laps)
+    pipeline = engine.grid.get_data_parallel_id()
+    laps = Laps(arguments.laps, lambda: session_of(engine), stage=engine.stage_id, pipeline=pipeline)
     for _ in range(arguments.iterations):
         laps.add(engine.train_batch(data).item())
     laps.close()

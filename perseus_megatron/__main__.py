@@ -13,9 +13,7 @@ def main() -> None:
         sys.exit("usage: python -m perseus_megatron SCRIPT [ARGUMENT ...]")
     script = sys.argv[1]
     if not Path(script).is_file():
-        sys.exit(
-            f"perseus_megatron: there is no script {script!r}; give its path, then its arguments"
-        )
+        sys.exit(f"perseus_megatron: there is no script {script!r}; give its path, then its arguments")
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")

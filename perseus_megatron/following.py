@@ -163,4 +163,3 @@ def _follow(
         hook(hooks, schedule_hooks)
     _current = FollowedTraining(schedule_hooks, follower)
     return _current
-

@@ -67,10 +67,10 @@ def zeus_per_stage(problem: PipelineProblem) -> Baseline:
 def envpipe(problem: PipelineProblem) -> Baseline:
     """EnvPipe (Choi et al., USENIX ATC 2023): slows what lies inside the pipeline's envelope, for one iteration time.
 
-    It takes the last stage for the bottleneck. The envelope (the first microbatch's forwards, all of the last stage, the
-    last microbatch's backwards) stays at the highest clock. All other instructions step down together, clock by clock;
-    those that make the iteration longer step back and stay. Every round an instruction steps down for good or stays for
-    good, so the search ends.
+    It takes the last stage for the bottleneck. The envelope (the first microbatch's forwards, all of the last stage,
+    the last microbatch's backwards) stays at the highest clock. All other instructions step down together, clock by
+    clock; those that make the iteration longer step back and stay. Every round an instruction steps down for good or
+    stays for good, so the search ends.
     """
     last_stage, last_microbatch = problem.schedule.num_stages - 1, problem.schedule.num_microbatches - 1
     moving = np.array(

@@ -1,8 +1,8 @@
 """Lets the real Megatron run on a machine without a GPU, for tests and demonstrations only.
 
-Megatron asks for CUDA in a few dozen places. Here a tensor asked for on CUDA is made on the CPU, CUDA's streams and events
-become nothing, and the CPU's random numbers stand for the GPU's. Schedules, communication, data parallelism, optimizer and
-model are Megatron's own.
+Megatron asks for CUDA in a few dozen places. Here a tensor asked for on CUDA is made on the CPU, CUDA's streams and
+events become nothing, and the CPU's random numbers stand for the GPU's. Schedules, communication, data parallelism,
+optimizer and model are Megatron's own.
 """
 
 from __future__ import annotations

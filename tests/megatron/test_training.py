@@ -10,8 +10,8 @@ import pytest
 
 from perseus_core.gpu import simulated
 from perseus_core.gpu.simulated.execution_log import read_executed
-from perseus_core.planning.schedule import one_f_one_b
 from perseus_core.gpu.simulated.faults import deny_permission
+from perseus_core.planning.schedule import one_f_one_b
 from tests.megatron.gpus import environment, simulated_gpus
 from tests.megatron.launcher import Finished, launch
 from tests.runtime.simulated_machine import wait_until
@@ -127,7 +127,7 @@ def run_quick(folder: Path, **arguments: Any) -> Finished:
 
 
 def test_error_of_ours_leaves_training_alone(tmp_path: Path) -> None:
-    """One warning of each rank, clocks given back, and all iterations are trained with the losses that they have without us."""
+    """One warning of each rank, clocks given back, and every iteration has the loss that it has without us."""
     finished = run_quick(tmp_path, fault="error_in_hook", at=6, also_without=True)
     for rank in finished.results_of_all():
         assert rank["losses"] == rank["losses_without"]

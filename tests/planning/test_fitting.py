@@ -256,11 +256,11 @@ def true_slowdown_and_saving(fitted: Profile, truth: Profile) -> tuple[float, fl
 
 
 def test_plans_from_clean_measurements_lose_nothing() -> None:
-    """On the published profile smoothing costs at most 0.1 points of saving and 0.02 % of time."""
+    """On the published profile smoothing costs at most 0.1 points of saving and 0.05 % of time."""
     truth = published_profile()
     _, exact_saving = true_slowdown_and_saving(truth, truth)
     slowdown, saving = true_slowdown_and_saving(fit_profile(truth), truth)
-    assert slowdown < 0.0002
+    assert slowdown < 0.0005
     assert saving > exact_saving - 0.001
 
 
