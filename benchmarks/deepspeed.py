@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def hook_cost_us(passes: int = 200_000, repetitions: int = 7) -> float:
         _INSTRUCTION_MAP = {ForwardPass: lambda engine, buffer_id: None}  # noqa: RUF012
 
         def _exec_schedule(self, pipe_schedule: Any) -> float:
-            execute = self._INSTRUCTION_MAP[ForwardPass]
+            execute: Callable[..., None] = self._INSTRUCTION_MAP[ForwardPass]
             begin_s = time.perf_counter()
             for _ in range(passes):
                 execute(self, buffer_id=0)

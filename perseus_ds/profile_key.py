@@ -12,8 +12,8 @@ import torch
 
 from perseus_core import __version__
 from perseus_core.gpu.device import Device
-from perseus_core.gpu.errors import GpuError
 from perseus_core.planning.schedule import Schedule
+from perseus_core.runtime.adapter import name_and_power_limit_w
 from perseus_core.runtime.profile_cache import ProfileKey
 
 # Sections of a DeepSpeed config that change what is computed, or how.
@@ -43,6 +43,7 @@ def profile_key(engine: Any, device: Device | None, schedule: Schedule, input_sh
         input_shapes: of a microbatch, as this rank saw it.
     """
     config = engine._config._param_dict
+    gpu_name, power_limit_w = name_and_power_limit_w(device)
     checkpointing = getattr(engine.module, "activation_checkpoint_interval", 0)
     return ProfileKey(
         model=_fingerprint(engine.module),
@@ -52,8 +53,8 @@ def profile_key(engine: Any, device: Device | None, schedule: Schedule, input_sh
         tensor_parallel=engine.grid.model_parallel_size,
         data_parallel=engine.grid.data_parallel_size,
         microbatch_size=engine.train_micro_batch_size_per_gpu(),
-        gpu_name="" if device is None else device.name,
-        power_limit_w=_power_limit_w(device),
+        gpu_name=gpu_name,
+        power_limit_w=power_limit_w,
         details=(
             ("input shapes", input_shapes),
             ("checkpointing interval", str(checkpointing)),
@@ -93,10 +94,3 @@ def _layer(spec: Any) -> str:
     else:
         text = repr(spec)
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # addresses differ from run to run
-
-
-def _power_limit_w(device: Device | None) -> float:
-    try:
-        return 0.0 if device is None else device.power_limit_w()
-    except GpuError:
-        return 0.0

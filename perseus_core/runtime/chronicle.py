@@ -171,7 +171,7 @@ class Chronicle:
             iteration,
             100 * plan.saving,
             100 * plan.slowdown,
-            100 * plan.gap,
+            100 * max(0.0, plan.gap),  # below 0 by rounding only
             plan.solve_s,
         )
 

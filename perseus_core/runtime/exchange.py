@@ -23,7 +23,9 @@ from perseus_core.errors import PerseusError
 Row = NDArray[np.float64]
 
 # A peer may sit in a checkpoint or an evaluation for minutes: that is not a fault.
-_GROUP_TIMEOUT = timedelta(minutes=60)
+_GROUP_TIMEOUT = timedelta(minutes=30)
+# At the start all ranks are at the same place, or will never be.
+_INTRODUCTION_LIMIT_S = 120.0
 _POLL_S = 0.0005
 _GONE = "another rank cannot be reached any more; it has probably ended"
 
@@ -236,6 +238,11 @@ class TorchExchange:
     def introduce(self, row: Row) -> Row:
         """See `Exchange`."""
         work, received = self._start_gather(row)
+        deadline_s = time.monotonic() + _INTRODUCTION_LIMIT_S
+        while not work.is_completed():
+            if time.monotonic() > deadline_s:
+                raise ExchangeError(f"the other ranks have not opened their session within {_INTRODUCTION_LIMIT_S:g} s")
+            time.sleep(_POLL_S)
         _finish(work)
         return np.asarray(received.numpy())
 

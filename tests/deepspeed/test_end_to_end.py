@@ -14,7 +14,7 @@ from tests.deepspeed.conftest import MakeNode, on
 from tests.deepspeed.launcher import launch
 
 MICROBATCHES = 8
-ITERATIONS = 34
+ITERATIONS = 31
 BLOCK = {
     "enabled": True,
     "profile_cache": "off",
@@ -47,7 +47,8 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job(make_node: MakeNode, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    node = make_node(0.7)
+    # With the real limit, noise lets the power cap take the highest clock down by a step now and then.
+    node = make_node(0.7, power_limit_w=500.0, max_power_limit_w=500.0)
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": MICROBATCHES,
@@ -93,6 +94,5 @@ def test_instructions_run_at_their_planned_clocks(job: Job) -> None:
                 total += 1
                 if instruction.share_at(clock_mhz) < (0.95 if neighbours_alike else 0.8):
                     late.append((iteration, place, rank["stage"], clock_mhz, instruction.clocks))
-    print(f"{len(late)} of {total} late: {late}")
     assert total > 100
-    assert len(late) <= 0.02 * total
+    assert len(late) <= 0.01 * total, late

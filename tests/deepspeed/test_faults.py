@@ -66,7 +66,7 @@ def test_missing_pynvml(make_node: MakeNode, tmp_path: Path) -> None:
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
     job = launch("short_job", 2, tmp_path / "job", environment=environment, perseus=BLOCK, iterations=20)
     assert all(len(rank["losses"]) == 20 for rank in job.results_of_all())
-    assert job.output.count("nvidia-ml-py") == 1
+    assert job.output.count("the Python package nvidia-ml-py is missing") == 1
 
 
 def test_no_permission(make_node: MakeNode, tmp_path: Path) -> None:

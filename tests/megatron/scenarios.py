@@ -14,6 +14,7 @@ import perseus_megatron
 from demo.megatron_gpt import Sizes, Training
 from perseus_core.gpu.simulated import open_node
 from perseus_core.planning.schedule import Kind
+from perseus_megatron.simulated_work import occupy_simulated_gpus
 from tests.conftest import REPOSITORY
 from tests.megatron import cpu_megatron, faults
 
@@ -115,35 +116,35 @@ def train(
     at: int = 0,
     evaluate_every: int = 0,
     also_without: bool = False,
+    planned_iterations: int = 0,
 ) -> dict[str, Any]:
     """Trains on simulated GPUs.
 
     Args:
         sizes: of the model and the job.
         microbatches: of an iteration.
-        iterations: how many.
+        iterations: how many at most.
         settings: the `perseus` block.
         occupied: whether passes occupy the simulated GPUs, or only the CPU.
         fault: name of a function of `tests.megatron.faults`.
         at: iteration before which the fault happens.
         evaluate_every: iterations.
-        also_without: trains the same before without us.
+        also_without: trains the same afterwards without us.
+        planned_iterations: how many under a plan are enough; 0 for all.
     """
-    start()
-    result: dict[str, Any] = {"rank": torch.distributed.get_rank()}
-    if also_without:
-        training = Training(Sizes(**sizes), TEXT)
-        result["losses_without"] = []
-        for iteration in range(iterations):
-            result["losses_without"].append(training.step(microbatches))
+
+    def losses_of(training: Training, number: int) -> list[float]:
+        losses = []
+        for iteration in range(number):
+            losses.append(training.step(microbatches))
             if evaluate_every and iteration % evaluate_every == 0:
                 training.evaluate(microbatches)
-        parallel_state.destroy_model_parallel()
-    training = Training(Sizes(**sizes), TEXT)
-    if occupied:
-        from perseus_megatron.simulated_work import occupy_simulated_gpus
+        return losses
 
-        occupy_simulated_gpus()
+    start()
+    result: dict[str, Any] = {"rank": torch.distributed.get_rank()}
+    training = Training(Sizes(**sizes), TEXT)
+    hooks = occupy_simulated_gpus() if occupied else None
     followed = perseus_megatron.enable(settings, training.model)
     result |= {"losses": [], "energies_j": [], "times_s": [], "plans": [], "phases": []}
     gpu = open_node().gpus[int(os.environ["LOCAL_RANK"])]
@@ -162,12 +163,19 @@ def train(
         session: Any = followed.session
         result["plans"].append(0 if session is None else session.status().plan)
         result["phases"].append("" if session is None else session.status().phase.value)
+        if planned_iterations and sum(plan > 0 for plan in result["plans"]) >= planned_iterations:
+            break
     plan = None if session is None else getattr(session, "_plans", {}).get(microbatches)
     result["stage"] = parallel_state.get_pipeline_model_parallel_rank()
     result["planned_mhz"] = [] if plan is None else [c.clock_mhz for c in plan.stages[result["stage"]].clocks]
     result["promised"] = None if plan is None else [plan.saving, plan.slowdown]
     result["is_followed"] = followed.is_followed
     followed.close()
+    if also_without:
+        parallel_state.destroy_model_parallel()
+        if hooks is not None:
+            hooks.take_off()
+        result["losses_without"] = losses_of(Training(Sizes(**sizes), TEXT), len(result["losses"]))
     stop()
     return result
 
