@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["perseus_core*", "perseus_ds*", "perseus_megatron*"]),
+    py_modules=["perseus_autoload"],
     package_data={"perseus_core": ["py.typed", "planning/*.pyi", "planning/native/*", "report/page/*"]},
     ext_modules=[
         Extension(
@@ -24,8 +25,8 @@ setup(
     ],
     install_requires=["numpy>=1.24", "networkx>=3.0", "rich>=13.0"],
     extras_require={
-        "deepspeed": ["torch>=2.1", "deepspeed>=0.14.1"],
-        "megatron": ["torch>=2.1", "megatron-core>=0.12"],
+        "deepspeed": ["torch>=2.5", "deepspeed>=0.14.5", "nvidia-ml-py>=12.535"],
+        "megatron": ["torch>=2.5", "megatron-core>=0.12", "nvidia-ml-py>=12.535"],
         "gpu": ["nvidia-ml-py>=12.535"],
         "report": ["matplotlib>=3.7"],
         "test": [
@@ -38,7 +39,11 @@ setup(
             "nvidia-ml-py>=12.535",
         ],
     },
-    entry_points={"console_scripts": ["perseus = perseus_core.cli:main"]},
+    entry_points={
+        "console_scripts": ["perseus = perseus_core.cli:main"],
+        # torch calls this at the end of `import torch`; it only starts waiting for a framework to be imported.
+        "torch.backends": ["perseus = perseus_autoload:autoload"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

@@ -368,18 +368,17 @@ def checkpointed_job(perseus: dict[str, Any], checkpoint: str, iterations: int, 
     batches = data(engine)
     if resume:
         engine.load_checkpoint(checkpoint)
-    phases, plans, saving = [], [], 0.0
+    phases, plans = [], []
     for _ in range(iterations):
         engine.train_batch(batches)
         session = session_of(engine)
         if session is not None:
             phases.append(session.status().phase.value)
             plans.append(session.status().plan)
-            saving = session.status().promised_saving
     if not resume:
         engine.save_checkpoint(checkpoint)
     stop()
-    return {"phases": phases, "plans": plans, "promised_saving": saving}
+    return {"phases": phases, "plans": plans}
 
 
 def run_configs(paths: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from perseus_core.planning.schedule import one_f_one_b
+from tests.deepspeed.conftest import MakeNode, on
 from tests.deepspeed.launcher import launch
 
 STAGES = {
@@ -21,9 +22,11 @@ STAGES = {
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def recorded(make_node: MakeNode, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """For every rank, what was recorded of each engine."""
-    return launch("record_many_engines", 4, tmp_path_factory.mktemp("hooks")).results_of_all()
+    # Engines on the CPU are followed where there are simulated GPUs, which the recording sessions leave alone.
+    environment = on(make_node(1.0))
+    return launch("record_many_engines", 4, tmp_path_factory.mktemp("hooks"), environment=environment).results_of_all()
 
 
 @pytest.mark.parametrize("name", STAGES)

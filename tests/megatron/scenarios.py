@@ -163,7 +163,7 @@ def train(
         session: Any = followed.session
         result["plans"].append(0 if session is None else session.status().plan)
         result["phases"].append("" if session is None else session.status().phase.value)
-        if planned_iterations and sum(plan > 0 for plan in result["plans"]) >= planned_iterations:
+        if planned_iterations and agreed(sum(plan > 0 for plan in result["plans"]) >= planned_iterations):
             break
     plan = None if session is None else getattr(session, "_plans", {}).get(microbatches)
     result["stage"] = parallel_state.get_pipeline_model_parallel_rank()
@@ -190,3 +190,10 @@ def train_without_gpus() -> dict[str, Any]:
     stop()
     hooked = hasattr(schedules.forward_step, "__wrapped__")
     return {"is_followed": followed.is_followed, "hooked": hooked}
+
+
+def agreed(wish: bool) -> bool:
+    """Whether all ranks wish it."""
+    wishes = torch.tensor([int(wish)])
+    torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MIN)
+    return bool(wishes.item())

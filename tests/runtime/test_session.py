@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shutil
 import signal
 import statistics
@@ -56,7 +55,7 @@ def make_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeNode]:
             clock_latency_s=0.015 * TIME_SCALE,
             energy_counter_period_s=0.1 * TIME_SCALE,
         )
-        simulated.create_node(description, folder)
+        simulated.create_node(description, folder, log=True)
         return folder
 
     yield make
@@ -145,20 +144,23 @@ def _losses(ran: Ran, count: int) -> list[list[float]]:
     return [rank["losses"][:count] for rank in ran.finished]
 
 
-def _energies_j(ran: Ran) -> list[float]:
-    total = [sum(of_ranks) for of_ranks in zip(*(rank["energies_j"] for rank in ran.finished), strict=True)]
-    return [after - before for before, after in itertools.pairwise(total)]
+def _instruction_energies_j(ran: Ran) -> list[float]:
+    """Of each iteration, waiting left out: on a busy machine processes come late, and their GPUs wait longer."""
+    energies_j: dict[int, float] = {}
+    for executed in simulated.read_executed(Path(ran.job.node)):
+        iteration = executed.label["iteration"]
+        energies_j[iteration] = energies_j.get(iteration, 0.0) + executed.energy_j
+    return [energies_j[iteration] for iteration in sorted(energies_j)]
 
 
 def test_a_job_is_profiled_planned_and_saves_what_was_promised(planned: Ran) -> None:
-    """Read from the simulated GPUs' exact energy; how closely is the benchmark's business."""
+    """Read from the simulated GPUs' own log; how closely is the benchmark's business."""
     status = planned.finished[0]["status"]
     assert status["plan"] >= 1
     assert status["promised_saving"] > 0.05
-    energies_j = _energies_j(planned)
-    # Medians: a process that the machine holds up draws power meanwhile.
-    saved = 1 - statistics.median(energies_j[-9:]) / statistics.median(energies_j[1:10])
-    assert saved == pytest.approx(status["promised_saving"], abs=0.1)
+    energies_j = _instruction_energies_j(planned)
+    saved = 1 - statistics.median(energies_j[-8:]) / statistics.median(energies_j[1:9])
+    assert status["promised_saving"] * 0.6 < saved < status["promised_saving"] * 1.6
 
 
 def test_the_numbers_of_training_are_the_same(planned: Ran, plain: Ran) -> None:
