@@ -25,7 +25,7 @@ setup(
     ],
     install_requires=["numpy>=1.24", "networkx>=3.0", "rich>=13.0"],
     extras_require={
-        "deepspeed": ["torch>=2.5", "deepspeed>=0.14.5", "nvidia-ml-py>=12.535"],
+        "deepspeed": ["torch>=2.5", "deepspeed>=0.14.5", "pydantic>=2", "nvidia-ml-py>=12.535"],
         "megatron": ["torch>=2.5", "megatron-core>=0.12", "nvidia-ml-py>=12.535"],
         "gpu": ["nvidia-ml-py>=12.535"],
         "report": ["matplotlib>=3.7"],
@@ -45,7 +45,6 @@ setup(
         "torch.backends": ["perseus = perseus_autoload:autoload"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",

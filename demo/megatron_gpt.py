@@ -125,6 +125,8 @@ def _config(sizes: Sizes) -> TransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
+        # As Megatron-LM's own arguments have it. Without overlap an interleaved stage waits for both neighbours at once.
+        overlap_p2p_comm=sizes.chunks > 1,
         batch_p2p_comm=False,
     )
 

@@ -67,10 +67,11 @@ class Exchange(Protocol):
         """Starts the journey of this rank's next row; every rank sends the same number of rows, all of one length."""
 
     def arrived_rows(self, wait_for: int, limit_s: float) -> list[Row]:
-        """Rows of all ranks that arrived since the last call, oldest first, each of shape (world_size, K).
+        """Rows of all ranks that were not handed out yet, oldest first, each of shape (world_size, K).
 
         Args:
-            wait_for: how many rows (counted from the start) should have arrived; if fewer have, waits a little.
+            wait_for: up to which row (counted from the start); if it has not arrived, waits a little. Later rows are
+                kept back even if they are here: they may not be elsewhere, and all ranks must act on the same rows.
             limit_s: how long to wait at most.
 
         Raises:
@@ -120,12 +121,12 @@ class InProcessExchange:
         """See `Exchange`."""
         arrived = []
         deadline_s = time.monotonic() + limit_s
-        while self._num_read < self._num_sent:
+        while self._num_read < min(wait_for, self._num_sent):
             rows = self._hub.get(("row", self._num_read))
             if rows is not None:
                 arrived.append(np.stack(rows))
                 self._num_read += 1
-            elif self._num_read < wait_for and time.monotonic() < deadline_s:
+            elif time.monotonic() < deadline_s:
                 time.sleep(_POLL_S)
             else:
                 break
@@ -254,14 +255,14 @@ class TorchExchange:
         """See `Exchange`."""
         arrived = []
         deadline_s = time.monotonic() + limit_s
-        while self._rows:
+        while self._rows and self._num_read < wait_for:
             work, received = self._rows[0]
             if work.is_completed():
                 _finish(work)
                 self._rows.popleft()
                 self._num_read += 1
                 arrived.append(np.asarray(received.numpy()))
-            elif self._num_read < wait_for and time.monotonic() < deadline_s:
+            elif time.monotonic() < deadline_s:
                 time.sleep(_POLL_S)
             else:
                 break
