@@ -5,6 +5,7 @@ What `pretrain_gpt.py` does in its thousand lines, for programs that use megatro
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -125,14 +126,18 @@ def _config(sizes: Sizes) -> TransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
-        # As Megatron-LM's own arguments have it. Without overlap an interleaved stage waits for both neighbours at once.
+        # As Megatron-LM's own arguments have it; without, an interleaved stage waits for both neighbours at once.
         overlap_p2p_comm=sizes.chunks > 1,
         batch_p2p_comm=False,
     )
 
 
 def _chunk(config: TransformerConfig, sizes: Sizes, chunk: int) -> Any:
-    virtual = {"vp_stage": chunk} if sizes.chunks > 1 else {}
+    virtual: dict[str, int] = {}
+    if sizes.chunks > 1:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(chunk)  # what 0.12 asks for
+        if "vp_stage" in inspect.signature(parallel_state.is_pipeline_first_stage).parameters:
+            virtual = {"vp_stage": chunk}
     place: Any = {"ignore_virtual": False, **virtual}
     model = GPTModel(
         config,

@@ -78,4 +78,6 @@ def test_shadowed_package_breaks_no_import(tmp_path: Path) -> None:
     """A stranger's package with the name of our adapter leaves torch and DeepSpeed importable."""
     (tmp_path / "perseus_ds").mkdir()
     (tmp_path / "perseus_ds" / "__init__.py").write_text("")
-    assert not look("import deepspeed", folder=tmp_path)[0]["hooked"]
+    # Whether the adapter is found behind the stranger depends on how it was installed; that `look` comes back does not.
+    found, _ = look("import deepspeed", folder=tmp_path)
+    assert "perseus_autoload" in found["ours"]

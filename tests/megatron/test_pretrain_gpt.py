@@ -103,7 +103,7 @@ def test_resumed_job_goes_on_with_its_plan(tmp_path: Path) -> None:
     config = tmp_path / "perseus.json"
     config.write_text(json.dumps(QUICK))
     flags = f"--pipeline-model-parallel-size 2 --save {tmp_path / 'checkpoints'} --save-interval {ITERATIONS} "
-    flags += f"--perseus --perseus-config {config} "
+    flags += f"--override-opt_param-scheduler --perseus --perseus-config {config} "
     with simulated_gpus(time_scale=0.03) as node:
         pretrain(node, tmp_path / "first", 2, f"{flags} --train-iters {ITERATIONS}")
         resumed = pretrain(
