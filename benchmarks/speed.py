@@ -1,10 +1,12 @@
 """Fast: the full frontier, beside `lowtime` in the same run; large pipelines; growth with size; start-up time.
 
-`python -m benchmarks.speed [--long]`: --long also runs lowtime at M = 48 (some minutes).
+`python -m benchmarks.speed [--long]`: --long also runs lowtime at M = 24 and 48 (some minutes). The growth is drawn to
+docs/solve_time.png.
 """
 
 from __future__ import annotations
 
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,6 +17,9 @@ from pathlib import Path
 from benchmarks.common import GPT3, PUBLISHED, print_table, require_published, uneven_problem
 from benchmarks.peers import lowtime_solver
 from perseus_core.planning.solver import solve
+from perseus_core.planning.steady_state import solve_long
+
+GROWTH_FIGURE = Path(__file__).resolve().parent.parent / "docs" / "solve_time.png"
 
 FIRST_SOLVE = """
 import time; begin = time.perf_counter()
@@ -50,6 +55,18 @@ def beside_lowtime(num_microbatches: int) -> tuple[str, ...]:
     return (str(num_microbatches), f"{peer_s:.2f} s", f"{1000 * ours_s:.1f} ms", f"{peer_s / ours_s:,.0f}")
 
 
+def draw_growth(points: list[tuple[int, float]]) -> None:
+    """How the time of the full frontier grows with the number of instructions, on logarithmic axes."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    instructions, seconds_taken = zip(*sorted(points), strict=True)
+    axes.loglog(instructions, seconds_taken, "o-")
+    axes.set(xlabel="instructions", ylabel="full frontier [s]", title="Stages uneven by 3 %, 1F1B")
+    axes.grid(which="both", alpha=0.3)
+    figure.savefig(GROWTH_FIGURE, dpi=120)
+
+
 def main() -> None:
     require_published()
     long = "--long" in sys.argv
@@ -57,12 +74,22 @@ def main() -> None:
     rows.append(("96", "not run", f"{1000 * median_seconds(lambda: solve(GPT3.problem(96))):.1f} ms", ""))
     print_table(("microbatches, 8 stages", "lowtime 0.3.0", "perseus", "times faster"), rows)
 
-    rows = []
+    rows, growth = [], []
     for num_stages, num_microbatches in ((8, 128), (16, 64), (16, 128), (32, 64), (32, 128)):
         problem = uneven_problem(num_stages, num_microbatches)
         took_s = median_seconds(lambda problem=problem: solve(problem), 3)
         rows.append((num_stages, num_microbatches, problem.dag.num_instructions, f"{took_s:.2f} s"))
+        growth.append((problem.dag.num_instructions, took_s))
     print_table(("stages, uneven by 3 %", "microbatches", "instructions", "full frontier"), rows)
+    draw_growth(growth)
+
+    begin = time.perf_counter()
+    point = solve_long(lambda num_microbatches: uneven_problem(64, num_microbatches), 1024)
+    took_s, peak_mib = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"64 stages x 1024 microbatches, {point.problem.dag.num_instructions:,} instructions, at the fastest time: "
+        f"{took_s:.0f} s, peak memory {peak_mib:.0f} MiB, proved within {point.gap:.1e} of the least energy\n"
+    )
 
     path = str(Path(PUBLISHED) / "stage_profile" / f"{GPT3.profile_name}_bf16.csv")
     command = [sys.executable, "-c", FIRST_SOLVE.format(path=path)]
