@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.common import GPT3, PUBLISHED, print_table, require_published, uneven_problem
 from benchmarks.peers import lowtime_solver
-from perseus_core.planning.solver import solve
-from perseus_core.planning.steady_state import solve_long
+from perseus_core.planning.rounding import Rounder
+from perseus_core.planning.solver import solve, solve_at
 
 GROWTH_FIGURE = Path(__file__).resolve().parent.parent / "docs" / "solve_time.png"
 
@@ -67,6 +67,24 @@ def draw_growth(points: list[tuple[int, float]]) -> None:
     figure.savefig(GROWTH_FIGURE, dpi=120)
 
 
+def huge_plan(num_stages: int, num_microbatches: int) -> None:
+    """The plan of the fastest iteration, where the whole frontier would take too long: solved, rounded, slack spent."""
+    begin = time.perf_counter()
+    problem = uneven_problem(num_stages, num_microbatches)
+    point = solve_at(problem, gap=1e-5)
+    solved_s = time.perf_counter() - begin
+    rounder = Rounder(problem)
+    limit_s = point.iteration_time_s - problem.outside_time_s
+    choice = rounder.reclaim(rounder.round_down(point.durations_s), limit_s)
+    took_s, peak_mib = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{num_stages} stages x {num_microbatches} microbatches, {problem.dag.num_instructions:,} instructions, at the "
+        f"fastest time: solved in {solved_s:.0f} s to within {point.gap:.1e} of the least energy (proved), with real "
+        f"clocks {rounder.energy_j(choice) / point.bound_j - 1:.2%} above the bound in {took_s:.0f} s; "
+        f"peak memory {peak_mib:.0f} MiB\n"
+    )
+
+
 def main() -> None:
     require_published()
     long = "--long" in sys.argv
@@ -83,13 +101,7 @@ def main() -> None:
     print_table(("stages, uneven by 3 %", "microbatches", "instructions", "full frontier"), rows)
     draw_growth(growth)
 
-    begin = time.perf_counter()
-    point = solve_long(lambda num_microbatches: uneven_problem(64, num_microbatches), 1024)
-    took_s, peak_mib = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"64 stages x 1024 microbatches, {point.problem.dag.num_instructions:,} instructions, at the fastest time: "
-        f"{took_s:.0f} s, peak memory {peak_mib:.0f} MiB, proved within {point.gap:.1e} of the least energy\n"
-    )
+    huge_plan(64, 1024)
 
     path = str(Path(PUBLISHED) / "stage_profile" / f"{GPT3.profile_name}_bf16.csv")
     command = [sys.executable, "-c", FIRST_SOLVE.format(path=path)]

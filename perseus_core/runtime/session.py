@@ -120,8 +120,7 @@ class Session:
             return
         try:
             event = self._record_event()
-            if self._clocks.following:
-                self._clocks.instruction_begins(event)
+            self._clocks.instruction_begins(event)
             step = (chunk, microbatch, kind)
             order = self._order
             if order is not None and record.in_order:
@@ -140,8 +139,7 @@ class Session:
             return
         try:
             event = self._record_event()
-            if self._clocks.following:
-                self._clocks.instruction_ends(event)
+            self._clocks.instruction_ends(event)
             record.ends.append(event)
         except Exception as error:
             self._fail(error)

@@ -74,12 +74,14 @@ class StageClocks:
             self._now = clock_mhz
 
     def instruction_begins(self, event: Event) -> None:
-        """The next instruction of the plan begins. Only while following."""
-        self._controller.instruction_begins(event)  # type: ignore[union-attr]
+        """An instruction begins. Told also while a clock is held: it is the sign of life that keeps the clock ours."""
+        if self._controller is not None:
+            self._controller.instruction_begins(event)
 
     def instruction_ends(self, event: Event) -> None:
-        """It ends. Only while following."""
-        self._controller.instruction_ends(event)  # type: ignore[union-attr]
+        """It ends."""
+        if self._controller is not None:
+            self._controller.instruction_ends(event)
 
     def end_iteration(self) -> None:
         """The iteration ends."""
