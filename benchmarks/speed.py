@@ -61,7 +61,7 @@ def draw_growth(points: list[tuple[int, float]]) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     instructions, seconds_taken = zip(*sorted(points), strict=True)
-    axes.loglog(instructions, seconds_taken, "o-")
+    axes.loglog(instructions, seconds_taken, "o")
     axes.set(xlabel="instructions", ylabel="full frontier [s]", title="Stages uneven by 3 %, 1F1B")
     axes.grid(which="both", alpha=0.3)
     figure.savefig(GROWTH_FIGURE, dpi=120)
