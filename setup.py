@@ -31,6 +31,7 @@ setup(
         "report": ["matplotlib>=3.7"],
         "test": [
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "scipy>=1.11",
             "ruff>=0.6",

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,7 +136,12 @@ def training(after: str, *, before: str = "", hang_limit_s: float = 30.0) -> Ite
         process.communicate()
 
 
-def first_line(process: subprocess.Popen[str]) -> str:
-    """What a training process says next."""
+def first_line(process: subprocess.Popen[str], *, limit_s: float = 60.0) -> str:
+    """What a training process says next; empty when it says nothing for so long."""
     assert process.stdout is not None
-    return process.stdout.readline().strip()
+    patience = threading.Timer(limit_s, process.kill)
+    patience.start()
+    try:
+        return process.stdout.readline().strip()
+    finally:
+        patience.cancel()
