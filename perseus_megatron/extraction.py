@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.pipeline_parallel import schedules
 
 from perseus_core.errors import InputError
 from perseus_core.planning.schedule import Instruction, Kind, Schedule, interleaved, one_f_one_b
+from perseus_core.planning.transfers import waits
+from perseus_megatron.transfers import programs_of
 
 
 def schedule_factory(config: Any, num_stages: int, num_chunks: int) -> Callable[[int], Schedule]:
@@ -28,13 +32,19 @@ def schedule_factory(config: Any, num_stages: int, num_chunks: int) -> Callable[
     group = getattr(config, "microbatch_group_size_per_vp_stage", None) or num_stages
     overlaps = getattr(config, "overlap_moe_expert_parallel_comm", False)
 
+    @functools.lru_cache(maxsize=8)
     def schedule(num_microbatches: int) -> Schedule:
         if num_chunks == 1:
             order = one_f_one_b(num_stages, num_microbatches)
         else:
             order = interleaved(num_stages, num_microbatches, num_chunks, group)
             _check_table(order, group)
-        return _overlapped(order) if overlaps else order
+        if overlaps:
+            return _overlapped(order)
+        if getattr(config, "overlap_p2p_comm_warmup_flush", False):
+            return order  # every pass then waits for its own data only
+        programs = programs_of(order, overlaps_steady_state=getattr(config, "overlap_p2p_comm", False))
+        return replace(order, waits=waits(programs))
 
     return schedule
 

@@ -108,19 +108,26 @@ class ComputationDag(Dag):
         return self.schedule.instructions
 
     @classmethod
-    def of(cls, schedule: Schedule, transfer_latency_s: float = 0.0) -> ComputationDag:
+    def of(cls, schedule: Schedule, transfer_latency_s: float = 0.0, gap_s: float = 0.0) -> ComputationDag:
         """Builds the DAG: the order within each stage, and the transfers of activations and gradients between them.
+
+        Args:
+            schedule: the order of instructions.
+            transfer_latency_s: from the end of an instruction to the start of one of another stage that waits for it.
+            gap_s: from the end of an instruction to the start of the next of its stage.
 
         Raises:
             InputError: if the schedule's order makes its instructions wait for each other in a circle.
         """
         place = {instruction: i for i, instruction in enumerate(schedule.instructions)}
-        within = [(place[before], place[after], 0.0) for order in schedule.stages for before, after in pairwise(order)]
+        within = [
+            (place[before], place[after], gap_s) for order in schedule.stages for before, after in pairwise(order)
+        ]
         # What the order of a stage implies needs no edge of its own; what contradicts it must have one, to be found.
         across = [
-            (place[before], place[after], transfer_latency_s if before.stage != after.stage else 0.0)
-            for before, after in data_dependencies(schedule)
-            if before in place and not (before.stage == after.stage and place[before] < place[after])
+            (place[before], place[after], transfer_latency_s if before.stage != after.stage else gap_s)
+            for before, after in dict.fromkeys((*data_dependencies(schedule), *schedule.waits))
+            if not (before.stage == after.stage and place[before] < place[after])
         ]
         predecessor, successor, latency = zip(*(within + across), strict=True) if within + across else ((), (), ())
         return cls(len(place), np.array(predecessor), np.array(successor), np.array(latency), schedule)
@@ -141,22 +148,77 @@ class ComputationDag(Dag):
         return graph
 
 
+# What lies between two instructions beside waiting takes no longer than this share of an instruction; more is something
+# else, which must not be taken for latency.
+_MOST_LATENCY = 0.2
+_BISECTIONS = 20
+
+
+def fitted_latency_s(dag: Dag, durations_s: ArrayLike, iteration_time_s: float) -> float:
+    """The latency of all edges with which instructions of these durations take a measured time.
+
+    Zero where they take as long or longer without, and never more than a fifth of a mean instruction.
+    """
+
+    def time_s(latency_s: float) -> float:
+        latencies = np.full(dag.predecessor.shape, latency_s)
+        return Dag(dag.num_instructions, dag.predecessor, dag.successor, latencies).iteration_time_s(durations_s)
+
+    low, high = 0.0, _MOST_LATENCY * float(np.mean(np.asarray(durations_s)))
+    if time_s(low) >= iteration_time_s:
+        return low
+    if time_s(high) <= iteration_time_s:
+        return high
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if time_s(middle) <= iteration_time_s else (low, middle)
+    return low
+
+
 def data_dependencies(schedule: Schedule) -> Iterator[tuple[Instruction, Instruction]]:
     """Which instruction needs which: activations go down the chunks of the model, gradients come back up."""
-    first_chunk, last_chunk = 0, schedule.num_chunks - 1
-    last_stage = schedule.num_stages - 1
-    for after in schedule.instructions:
-        stage, chunk, _, kind = after
-        if kind is Kind.BACKWARD_WEIGHT:
-            yield after._replace(kind=Kind.BACKWARD_INPUT), after
-        elif kind is Kind.FORWARD:
-            if stage > 0:
-                yield after._replace(stage=stage - 1), after
-            elif chunk > first_chunk:
-                yield after._replace(stage=last_stage, chunk=chunk - 1), after
+    runs = _instructions_of_passes(schedule)
+    next_place = dict(pairwise(schedule.path))
+    previous_place = {after: before for before, after in next_place.items()}
+
+    def needed_by(a_pass: Instruction) -> Iterator[Instruction]:
+        place = (a_pass.stage, a_pass.chunk)
+        if a_pass.kind is Kind.BACKWARD_WEIGHT:
+            yield a_pass._replace(kind=Kind.BACKWARD_INPUT)
+        elif a_pass.kind is Kind.FORWARD:
+            if place in previous_place:
+                stage, chunk = previous_place[place]
+                yield a_pass._replace(stage=stage, chunk=chunk)
         else:
-            yield after._replace(kind=Kind.FORWARD), after
-            if stage < last_stage:
-                yield after._replace(stage=stage + 1), after
-            elif chunk < last_chunk:
-                yield after._replace(stage=0, chunk=chunk + 1), after
+            yield a_pass._replace(kind=Kind.FORWARD)
+            if place in next_place:
+                stage, chunk = next_place[place]
+                yield a_pass._replace(stage=stage, chunk=chunk)
+
+    for a_pass, after in runs.items():
+        for needed in needed_by(a_pass):
+            before = runs.get(needed)
+            if before is not None and before != after:
+                yield before, after
+
+
+def _instructions_of_passes(schedule: Schedule) -> dict[Instruction, Instruction]:
+    """The instruction that runs each pass: itself, or the `forward_backward` that holds it.
+
+    Such an instruction bears the name of its backward. A stage runs its forwards in the order of its backwards, with the
+    chunks counted from the other end, and those that run alone come first; so the order says which forward it holds.
+    """
+    last_chunk = schedule.num_chunks - 1
+    runs: dict[Instruction, Instruction] = {}
+    for order in schedule.stages:
+        fused = [i for i in order if i.kind is Kind.FORWARD_BACKWARD]
+        runs.update((i, i) for i in order if i.kind is not Kind.FORWARD_BACKWARD)
+        runs.update((i._replace(kind=Kind.BACKWARD), i) for i in fused)
+        forwards = [
+            i._replace(chunk=last_chunk - i.chunk, kind=Kind.FORWARD)
+            for i in order
+            if i.kind in (Kind.BACKWARD, Kind.FORWARD_BACKWARD)
+        ]
+        num_alone = sum(i.kind is Kind.FORWARD for i in order)
+        runs.update(zip(forwards[num_alone:], fused, strict=False))
+    return runs

@@ -13,7 +13,7 @@ from perseus_core.errors import InputError
 from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Measurement, Profile
-from perseus_core.planning.schedule import Instruction, InstructionType, Kind, Schedule
+from perseus_core.planning.schedule import Instruction, InstructionType, Kind, Placement, Schedule
 
 FORMAT = "perseus-frontier"
 VERSION = 1
@@ -37,6 +37,7 @@ def save_frontier(frontier: Frontier[PipelineProblem], path: str | Path) -> None
             "schedule": schedule_fields(schedule),
             "blocking_power_w": list(problem.stage_blocking_power_w),
             "transfer_latency_s": problem.transfer_latency_s,
+            "gap_s": problem.gap_s,
             "outside_time_s": problem.outside_time_s,
             "outside_energy_j": problem.outside_energy_j,
             "measurements": [
@@ -79,12 +80,15 @@ def load_frontier(path: str | Path) -> Frontier[PipelineProblem]:
 
 
 def schedule_fields(schedule: Schedule) -> dict[str, object]:
-    """The schedule as JSON: for each stage rows of kind, chunk, microbatch."""
+    """The schedule as JSON: for each stage rows of kind, chunk, microbatch; waits as numbers of instructions."""
+    place = {instruction: number for number, instruction in enumerate(schedule.instructions)}
     return {
         "name": schedule.name,
         "num_chunks": schedule.num_chunks,
         "num_microbatches": schedule.num_microbatches,
         "stages": [[[i.kind.value, i.chunk, i.microbatch] for i in order] for order in schedule.stages],
+        "waits": [[place[before], place[after]] for before, after in schedule.waits],
+        "placement": schedule.placement.value,
     }
 
 
@@ -95,7 +99,22 @@ def read_schedule(fields: Fields) -> Schedule:
         in_order = rows(Fields(f"{fields.where}, stage {stage}", {"stages": order}), "stages", (str, int, int))
         stages.append(tuple(Instruction(stage, c, m, _kind(fields, k)) for k, c, m in in_order))
     chunks, microbatches = fields.integer("num_chunks", at_least=1), fields.integer("num_microbatches", at_least=1)
-    return _named(fields.where, lambda: Schedule(fields.text("name"), chunks, microbatches, tuple(stages)))
+    instructions = [i for order in stages for i in order]
+    waits = rows(fields, "waits", (int, int))
+    for pair in waits:
+        if not all(0 <= number < len(instructions) for number in pair):
+            raise fields.error("waits", pair, f"must hold numbers of instructions, 0 to {len(instructions) - 1}")
+    return _named(
+        fields.where,
+        lambda: Schedule(
+            fields.text("name"),
+            chunks,
+            microbatches,
+            tuple(stages),
+            tuple((instructions[before], instructions[after]) for before, after in waits),
+            fields.choice("placement", Placement),
+        ),
+    )
 
 
 def _problem(fields: Fields) -> PipelineProblem:
@@ -111,6 +130,7 @@ def _problem(fields: Fields) -> PipelineProblem:
         read_schedule(fields.section("schedule")),
         fields.numbers("blocking_power_w"),
         transfer_latency_s=fields.number("transfer_latency_s", at_least=0),
+        gap_s=fields.number("gap_s", at_least=0),
         outside_time_s=fields.number("outside_time_s", at_least=0),
         outside_energy_j=fields.number("outside_energy_j", at_least=0),
     )

@@ -13,7 +13,7 @@ from perseus_core.planning.execution import Execution
 from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.policy import Policy, no_slowdown
 from perseus_core.planning.problem import PipelineProblem
-from perseus_core.planning.schedule import Instruction, Kind, Schedule
+from perseus_core.planning.schedule import Instruction, Kind, Placement, Schedule
 from perseus_core.planning.switching import choose_clocks
 
 FORMAT = "perseus-plan"
@@ -118,6 +118,7 @@ class Plan:
                     "name": self.schedule.name,
                     "num_chunks": self.schedule.num_chunks,
                     "num_microbatches": self.schedule.num_microbatches,
+                    "placement": self.schedule.placement.value,
                 },
                 "iteration_time_s": self.iteration_time_s,
                 "energy_j": self.energy_j,
@@ -162,6 +163,7 @@ class Plan:
                 about.integer("num_chunks", at_least=1),
                 about.integer("num_microbatches", at_least=1),
                 tuple(tuple(p.instruction for p in order) for order in stages),
+                placement=about.choice("placement", Placement),
             )
             return cls(
                 schedule,

@@ -85,6 +85,7 @@ class PipelineProblem(Problem):
         measurements: for each type everything measured (or fitted), useful or not, from the highest clock down.
         stage_blocking_power_w: blocking power of each stage's GPU.
         transfer_latency_s: latency of every transfer between stages.
+        gap_s: time between an instruction and the next of its stage.
     """
 
     dag: ComputationDag
@@ -92,6 +93,7 @@ class PipelineProblem(Problem):
     measurements: tuple[tuple[Measurement, ...], ...] = ()
     stage_blocking_power_w: tuple[float, ...] = ()
     transfer_latency_s: float = 0.0
+    gap_s: float = 0.0
 
     @cached_property
     def stage_of(self) -> NDArray[np.int64]:
@@ -119,6 +121,7 @@ class PipelineProblem(Problem):
         blocking_power_w: float | Sequence[float],
         *,
         transfer_latency_s: float = 0.0,
+        gap_s: float = 0.0,
         outside_time_s: float = 0.0,
         outside_energy_j: float = 0.0,
     ) -> PipelineProblem:
@@ -143,7 +146,7 @@ class PipelineProblem(Problem):
         measurements = tuple(profile.of(t) for t in types)
         place = {t: i for i, t in enumerate(types)}
         return cls(
-            dag=ComputationDag.of(schedule, transfer_latency_s),
+            dag=ComputationDag.of(schedule, transfer_latency_s, gap_s),
             curves=tuple(tradeoff_curve(m, per_stage[t.stage]) for t, m in zip(types, measurements, strict=True)),
             curve_of=np.array([place[i.type] for i in instructions], np.int32),
             blocking_power_w=math.fsum(per_stage),
@@ -153,4 +156,5 @@ class PipelineProblem(Problem):
             measurements=measurements,
             stage_blocking_power_w=per_stage,
             transfer_latency_s=transfer_latency_s,
+            gap_s=gap_s,
         )

@@ -251,7 +251,10 @@ def _require_complete(types: set[InstructionType]) -> None:
         raise InputError(
             f"profile has no {where}, but has stage {num_stages - 1}; stages are numbered from 0 without gaps"
         )
-    for kind in sorted({t.kind for t in types}):
+    kinds = {t.kind for t in types}
+    if Kind.FORWARD_BACKWARD in kinds:
+        return  # then which passes run alone, and which in pairs, differs from stage to stage
+    for kind in sorted(kinds):
         for stage in range(num_stages):
             for chunk in range(num_chunks):
                 needed = InstructionType(stage, chunk, kind)

@@ -23,6 +23,18 @@ class Kind(str, Enum):
         return self.value
 
 
+class Placement(str, Enum):
+    """How the chunks of a model lie over the stages. The values are the names used in every file."""
+
+    LOOP = "loop"
+    """Every chunk leads from the first stage to the last, as in interleaved 1F1B."""
+    V = "v"
+    """Every second chunk leads back from the last stage to the first, as in DualPipeV; it turns round on its stage."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
 class InstructionType(NamedTuple):
     """What repeats for every microbatch: one profile and one tradeoff curve belong to each."""
 
@@ -57,15 +69,21 @@ class Schedule:
         num_chunks: model chunks per stage, 1 unless interleaved.
         num_microbatches: microbatches of one iteration.
         stages: for each stage its instructions in order.
+        waits: pairs (before, after): `after` begins when `before` has ended, though it needs nothing of it, because the
+            framework's transfers hold it up (`transfers.waits`).
+        placement: how the chunks lie over the stages.
 
     Raises:
-        InputError: if a stage holds an instruction of another stage, one out of range, or one twice.
+        InputError: if a stage holds an instruction of another stage, one out of range, or one twice, or a wait names an
+            instruction that no stage holds.
     """
 
     name: str
     num_chunks: int
     num_microbatches: int
     stages: tuple[tuple[Instruction, ...], ...]
+    waits: tuple[tuple[Instruction, Instruction], ...] = ()
+    placement: Placement = Placement.LOOP
 
     def __post_init__(self) -> None:
         if not self.stages or not any(self.stages):
@@ -85,6 +103,10 @@ class Schedule:
                         f"schedule {self.name!r} holds {i} on stage {stage}; expected stage {stage}, chunk below "
                         f"{self.num_chunks} and microbatch below {self.num_microbatches}"
                     )
+        held = set(self.instructions) if self.waits else set()
+        for i in (i for pair in self.waits for i in pair):
+            if i not in held:
+                raise InputError(f"schedule {self.name!r} waits for or with {i}, which no stage holds")
 
     @property
     def num_stages(self) -> int:
@@ -95,6 +117,13 @@ class Schedule:
     def instructions(self) -> tuple[Instruction, ...]:
         """All instructions, stage after stage, each stage in its order."""
         return tuple(i for order in self.stages for i in order)
+
+    @property
+    def path(self) -> tuple[tuple[int, int], ...]:
+        """Where a microbatch's forward passes run, as (stage, chunk) in order; its backward passes come back."""
+        down = range(self.num_stages)
+        up = down[::-1] if self.placement is Placement.V else down
+        return tuple((stage, chunk) for chunk in range(self.num_chunks) for stage in (up if chunk % 2 else down))
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from perseus_core.errors import InputError
 from perseus_core.planning.baselines import all_max
+from perseus_core.planning.dag import fitted_latency_s
 from perseus_core.planning.execution import execute
 from perseus_core.planning.fitting import fit_profile
 from perseus_core.planning.frontier import Frontier
@@ -16,7 +17,7 @@ from perseus_core.planning.plan import make_plan
 from perseus_core.planning.policy import Policy, straggler
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
-from perseus_core.planning.schedule import Instruction, Schedule
+from perseus_core.planning.schedule import Instruction, Placement, Schedule
 from perseus_core.planning.solver import solve
 from perseus_core.runtime.coordination import Baseline
 from perseus_core.runtime.correction import SeenDuration, corrected
@@ -32,11 +33,13 @@ class MeasuredJob:
         profile: as measured, one GPU for each stage.
         blocking_power_w: of each stage's GPU.
         baseline: the job at unlocked clocks.
+        pipeline_time_s: the share of the baseline's iteration from its first instruction to its last; 0 if not known.
     """
 
     profile: Profile
     blocking_power_w: tuple[float, ...]
     baseline: Baseline
+    pipeline_time_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class PlanningDesk:
         self._switch_latency_s = switch_latency_s
         self._frontier_file = frontier_file
         self._baseline_time_s = 0.0
+        self._latency_s = 0.0
         self._outside_time_s = 0.0
         self._outside_energy_j = 0.0
         self._margin_s = 0.0
@@ -97,7 +101,7 @@ class PlanningDesk:
         """Starts from new measurements; `traced` is what each stage executed, where that is not the schedule given."""
         self.job = job
         if traced is not None:
-            self._traced = _schedule_of(traced, job.baseline.num_microbatches)
+            self._traced = self._schedule_of(traced, job.baseline.num_microbatches)
         self.profile = fit_profile(job.profile, clocks_mhz=self._clocks_mhz)
         self._calibrate()
 
@@ -182,10 +186,12 @@ class PlanningDesk:
         return target_s
 
     def _calibrate(self) -> None:
-        """What the baseline took beyond the pipeline's own time and energy is outside it: a constant."""
+        """What the baseline took beyond its instructions is time between them, or outside the pipeline: a constant."""
         assert self.job is not None, "there are measurements"
         baseline = self.job.baseline
-        self._outside_time_s = self._outside_energy_j = self._margin_s = 0.0
+        self._latency_s = self._outside_time_s = self._outside_energy_j = self._margin_s = 0.0
+        problem = self._problem(baseline.num_microbatches)
+        self._latency_s = fitted_latency_s(problem.dag, all_max(problem).durations_s, self.job.pipeline_time_s)
         pipeline = all_max(self._problem(baseline.num_microbatches))
         self._outside_time_s = max(0.0, baseline.time_s - pipeline.iteration_time_s)
         unlocked = all_max(self._problem(baseline.num_microbatches))
@@ -199,6 +205,8 @@ class PlanningDesk:
             self._known_profile(),
             self.schedule(num_microbatches),
             self.job.blocking_power_w,
+            transfer_latency_s=self._latency_s,
+            gap_s=self._latency_s,
             outside_time_s=self._outside_time_s,
             outside_energy_j=self._outside_energy_j,
         )
@@ -211,12 +219,16 @@ class PlanningDesk:
             return self._traced
         return self._schedule(num_microbatches)
 
+    def _schedule_of(self, traced: Sequence[Sequence[Step]], num_microbatches: int) -> Schedule:
+        """What was traced, on chunks that lie over the stages as the framework says."""
+        try:
+            placement = self._schedule(num_microbatches).placement
+        except InputError:
+            placement = Placement.LOOP
+        stages = tuple(tuple(Instruction(stage, *step) for step in steps) for stage, steps in enumerate(traced))
+        num_chunks = max(i.chunk for order in stages for i in order) + 1
+        return Schedule("traced", num_chunks, num_microbatches, stages, placement=placement)
+
     def _known_profile(self) -> Profile:
         assert self.profile is not None, "there are measurements"
         return self.profile
-
-
-def _schedule_of(traced: Sequence[Sequence[Step]], num_microbatches: int) -> Schedule:
-    stages = tuple(tuple(Instruction(stage, *step) for step in steps) for stage, steps in enumerate(traced))
-    num_chunks = max(i.chunk for order in stages for i in order) + 1
-    return Schedule("traced", num_chunks, num_microbatches, stages)

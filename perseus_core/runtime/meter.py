@@ -54,6 +54,7 @@ class Meter:
         self._energies: deque[tuple[int, float]] = deque()
         self._plan = 0
         self._under_plan: deque[MeasuredIteration] = deque(maxlen=_REMEMBERED_ITERATIONS)
+        self._unlocked: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED_ITERATIONS)
 
     def start(self) -> None:
         """Starts to sample the energy counter."""
@@ -110,6 +111,12 @@ class Meter:
             for (chunk, kind, clock_mhz), times_s in durations_s.items()
         )
 
+    # At unlocked clocks
+
+    def unlocked_pipeline_time_s(self, num_microbatches: int) -> float:
+        """Median time from the first instruction's begin to the last one's end; 0 where none of so many was seen."""
+        return median([time_s for microbatches, time_s in self._unlocked if microbatches == num_microbatches] or [0.0])
+
     # Every iteration
 
     def take_in(self) -> None:
@@ -154,8 +161,10 @@ class Meter:
         return beat._replace(sweep_done=float(self._sweep is not None and self._sweep.is_complete))
 
     def _remember(self, measured: MeasuredIteration) -> None:
-        expectation = measured.record.expectation
+        expectation, spans = measured.record.expectation, measured.iteration.spans
         if not expectation.plan:
+            if expectation.held_mhz is None and spans:
+                self._unlocked.append((measured.record.num_microbatches, spans[-1].end_s - spans[0].begin_s))
             return
         if expectation.plan != self._plan:
             # In the first iteration under a plan its clocks may come late.

@@ -144,4 +144,7 @@ class PlanningOffice:
             logger.warning(
                 "instructions are executed in another order than the framework says; planning for the real one"
             )
-        self._desk.take_measurements(MeasuredJob(measured.profile, measured.blocking_power_w, baseline), traced)
+        # The stage that begins first and ends last has seen all of the pipeline.
+        pipeline_time_s = max(part.pipeline_time_s for part in parts)
+        job = MeasuredJob(measured.profile, measured.blocking_power_w, baseline, pipeline_time_s)
+        self._desk.take_measurements(job, traced)

@@ -23,11 +23,13 @@ class Part:
         measurements: of its sweep; without clocks if it made none.
         seen: durations under the plan that runs.
         traced: what it executed, if that is not what its schedule says.
+        pipeline_time_s: from its first instruction's begin to its last one's end in an iteration of the baseline.
     """
 
     measurements: StageMeasurements
     seen: tuple[SeenDuration, ...] = ()
     traced: tuple[Step, ...] = ()
+    pipeline_time_s: float = 0.0
 
     def encode(self) -> bytes:
         """As bytes."""
@@ -38,6 +40,7 @@ class Part:
                 [s.type.chunk, s.type.kind.value, s.clock_mhz, s.time_s, s.executions, s.held_down] for s in self.seen
             ],
             "traced": [[chunk, microbatch, kind.value] for chunk, microbatch, kind in self.traced],
+            "pipeline_time_s": self.pipeline_time_s,
         }
         return zlib.compress(json.dumps(fields).encode())
 
@@ -53,6 +56,7 @@ class Part:
                 for chunk, kind, clock, time_s, executions, held_down in fields["seen"]
             ),
             tuple((chunk, microbatch, Kind(kind)) for chunk, microbatch, kind in fields["traced"]),
+            fields["pipeline_time_s"],
         )
 
 

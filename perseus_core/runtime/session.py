@@ -363,7 +363,11 @@ class Session:
             return Part(self._meter.no_measurements(), seen).encode()
         said = said_orders(self._job, self._usual_microbatches)
         follows = bool(said) and self._meter.traced == said[self._job.stage]
-        return Part(self._meter.measurements(), (), () if follows else self._meter.traced).encode()
+        return Part(
+            self._meter.measurements(),
+            traced=() if follows else self._meter.traced,
+            pipeline_time_s=self._meter.unlocked_pipeline_time_s(self._usual_microbatches),
+        ).encode()
 
     @property
     def _usual_microbatches(self) -> int:
