@@ -1,0 +1,153 @@
+"""Rank 0's desk: what it makes of measurements, of what is seen under a plan, and of a saved state."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from perseus_core.errors import InputError
+from perseus_core.planning.baselines import all_max
+from perseus_core.planning.execution import execute
+from perseus_core.planning.frontier_file import load_frontier
+from perseus_core.planning.policy import max_slowdown, no_slowdown
+from perseus_core.planning.problem import PipelineProblem
+from perseus_core.planning.profile import Profile
+from perseus_core.planning.schedule import InstructionType, gpipe, interleaved, one_f_one_b
+from perseus_core.planning.transfers import Waits
+from perseus_core.runtime.coordination import Baseline
+from perseus_core.runtime.correction import SeenDuration
+from perseus_core.runtime.desk import MeasuredJob, PlanningDesk
+from perseus_core.runtime.plan_message import PlanMessage
+from perseus_core.runtime.profile_cache import ProfileKey
+from perseus_core.runtime.state_file import load_state, save_state
+
+LATENCY_S, OUTSIDE_S, BLOCKING_W = 0.004, 0.05, 83.5
+MICROBATCHES = 8
+
+
+def clocks_mhz(profile: Profile) -> list[int]:
+    return sorted({m.clock_mhz for m in profile.measurements}, reverse=True)
+
+
+def truth(profile: Profile, num_microbatches: int = MICROBATCHES) -> PipelineProblem:
+    """The job as it really is: time passes between instructions, and outside the pipeline."""
+    return PipelineProblem.of(
+        profile,
+        one_f_one_b(4, num_microbatches),
+        BLOCKING_W,
+        transfer_latency_s=LATENCY_S,
+        gap_s=LATENCY_S,
+        outside_time_s=OUTSIDE_S,
+    )
+
+
+def measured(profile: Profile) -> MeasuredJob:
+    """What its ranks would measure."""
+    unlocked = all_max(truth(profile))
+    baseline = Baseline(MICROBATCHES, unlocked.iteration_time_s, unlocked.energy_j)
+    return MeasuredJob(profile, (BLOCKING_W,) * 4, baseline, unlocked.iteration_time_s - OUTSIDE_S)
+
+
+@pytest.fixture
+def desk(own_profile: Profile) -> PlanningDesk:
+    """One that has taken the job's measurements."""
+    made = PlanningDesk(lambda microbatches: one_f_one_b(4, microbatches), clocks_mhz(own_profile), no_slowdown)
+    made.take_measurements(measured(own_profile))
+    return made
+
+
+def test_time_between_instructions_is_known(own_profile: Profile, desk: PlanningDesk) -> None:
+    """It is slack where few instructions follow each other; taken for a constant outside it would not be used."""
+    plan = desk.plan()
+    assert plan.baseline_time_s == pytest.approx(measured(own_profile).baseline.time_s, rel=1e-6)
+    clocks = [planned.clock_mhz for stage in plan.stages for planned in stage.clocks]
+    really = execute(truth(own_profile), clocks)
+    assert really.iteration_time_s == pytest.approx(plan.promised_time_s, rel=1e-4)
+    assert really.energy_j == pytest.approx(plan.promised_energy_j, rel=1e-3)
+    ignorant = PlanningDesk(desk.schedule, clocks_mhz(own_profile), no_slowdown)
+    ignorant.take_measurements(dataclasses.replace(measured(own_profile), pipeline_time_s=0.0))
+    assert plan.saving > ignorant.plan().saving
+
+
+def test_another_number_of_microbatches_has_the_same_constants(own_profile: Profile, desk: PlanningDesk) -> None:
+    """Its unlocked time was never measured."""
+    unlocked_s = all_max(truth(own_profile, 12)).iteration_time_s
+    assert desk.plan(12).baseline_time_s == pytest.approx(unlocked_s, rel=2e-3)
+
+
+def test_a_slower_instruction_is_planned_for(desk: PlanningDesk) -> None:
+    """What stage 1 was seen to take becomes its profile."""
+    before = desk.plan()
+    seen = [
+        SeenDuration(InstructionType(1, 0, kind), planned.clock_mhz, 1.04 * planned.duration_s, 8)
+        for (_, _, kind), planned in zip(before.stages[1].steps, before.stages[1].clocks, strict=True)
+    ]
+    desk.correct(seen, before.promised_time_s * 1.02, speed_changed=False)
+    after = desk.plan()
+    assert after.number == before.number + 1
+
+    def mean_mhz(plan: PlanMessage) -> float:
+        return sum(planned.clock_mhz for planned in plan.stages[1].clocks) / len(plan.stages[1].clocks)
+
+    assert mean_mhz(after) > mean_mhz(before)
+    desk.forget_corrections()
+    assert desk.plan().stages == before.stages
+
+
+def test_time_that_nothing_explains_becomes_a_margin(desk: PlanningDesk) -> None:
+    """The next plan is faster by as much, where the frontier has such a point."""
+    desk.policy = max_slowdown(0.1)
+    before = desk.plan()
+    desk.correct([], before.promised_time_s + 0.03, speed_changed=False)
+    assert desk.plan().promised_time_s == pytest.approx(before.promised_time_s - 0.03, abs=0.002)
+
+
+def test_a_traced_order_counts_for_more_than_what_was_said(own_profile: Profile, desk: PlanningDesk) -> None:
+    """And only for the number of microbatches that was traced."""
+    traced = [[(i.chunk, i.microbatch, i.kind) for i in order] for order in gpipe(4, MICROBATCHES).stages]
+    desk.take_measurements(measured(own_profile), traced)
+    assert list(desk.plan().stages[1].steps) == traced[1]
+    with pytest.raises(InputError, match="was not traced"):
+        desk.plan(12)
+
+
+@pytest.mark.parametrize("waits", [(), "some"])
+def test_a_saved_state_goes_on(own_profile: Profile, tmp_path: Path, waits: Waits | str) -> None:
+    """With the same plan, and the same plans after it."""
+    schedule = interleaved(4, MICROBATCHES, 2)
+    if waits:
+        schedule = dataclasses.replace(schedule, waits=((schedule.stages[0][3], schedule.stages[1][5]),))
+    profile = own_profile.divided_into_chunks(2)
+    job = dataclasses.replace(measured(own_profile), profile=profile)
+    key = ProfileKey("model", schedule.name, 4, 2, 1, 1, 1, "GPU", 400.0)
+
+    def new_desk() -> PlanningDesk:
+        return PlanningDesk(lambda _: schedule, clocks_mhz(profile), no_slowdown)
+
+    desk, restored = new_desk(), new_desk()
+    desk.take_measurements(job)
+    plan = desk.plan()
+    save_state(tmp_path / "session.json", key, desk.state(plan))
+    state = load_state(tmp_path / "session.json", key)
+    assert state is not None
+    assert state.plan.stages == plan.stages
+    restored.restore(state)
+    desk.policy = restored.policy = max_slowdown(0.05)
+    again, expected = restored.plan(), desk.plan()
+    assert again.stages == expected.stages
+    assert again.promised_time_s == pytest.approx(expected.promised_time_s)
+
+
+def test_a_schedule_with_waits_is_planned_and_kept(own_profile: Profile, tmp_path: Path) -> None:
+    """The frontier that is written for other tools holds them."""
+    schedule = one_f_one_b(4, MICROBATCHES)
+    held_up = dataclasses.replace(schedule, waits=((schedule.stages[1][2], schedule.stages[0][5]),))
+    frontier_file = str(tmp_path / "frontier.json")
+    desk = PlanningDesk(lambda _: held_up, clocks_mhz(own_profile), no_slowdown, frontier_file=frontier_file)
+    desk.take_measurements(measured(own_profile))
+    desk.plan()
+    problem = load_frontier(tmp_path / "frontier.json").problem
+    assert problem.schedule == held_up
+    assert problem.gap_s == problem.transfer_latency_s > 0
