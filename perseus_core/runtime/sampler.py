@@ -46,7 +46,7 @@ class EnergySampler:
     """
 
     def __init__(self, device: Device, period_s: float = 0.005) -> None:
-        """Looks at `device.total_energy_j()` every `period_s` once started, and closer when it is about to move."""
+        """Looks at `device.total_energy_j()` every `period_s`; once it is known when it moves, only about then."""
         self._device = device
         self._period_s = period_s
         self._lock = threading.Lock()
@@ -127,17 +127,18 @@ class EnergySampler:
                 self._keep(energy_j, earliest_s, returned_s)
                 last_energy_j = energy_j
                 period_s = self.counter_period_s() if counts_energy else None
-                expected_s = None if period_s is None else (earliest_s + returned_s) / 2 + period_s
+                was_seen_moving = returned_s - earliest_s <= 2 * self._period_s
+                expected_s = (earliest_s + returned_s) / 2 + period_s if period_s and was_seen_moving else None
             last_look_s = called_s
 
     def _wait_s(self, expected_s: float | None) -> float:
-        """Until the next look, which comes sooner around the moment at which the counter should move."""
+        """Until the next look: shortly before the counter should move, and then often until it has."""
         if expected_s is None:
             return self._period_s
         until_s = expected_s - _LEAD_S - time.monotonic()
         if until_s < -2 * _LEAD_S:
             return self._period_s
-        return max(_CLOSE_LOOK_S, min(self._period_s, until_s))
+        return max(_CLOSE_LOOK_S, until_s)
 
     def _keep(self, energy_j: float, earliest_s: float, latest_s: float) -> None:
         clock_mhz, throttle = self._read_clock()
