@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perseus_core.errors import InputError
-from perseus_core.gpu.model import GPUS, TRANSFORMERS, Workload
+from perseus_core.gpu.model import GPUS
+from perseus_core.gpu.workload import TRANSFORMERS, Workload
 from perseus_core.planning.profile import Profile
 
 PROFILES = Path(__file__).parent / "profiles"

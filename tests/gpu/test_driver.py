@@ -27,7 +27,7 @@ def handle(node: SimulatedNode) -> object:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.002)
@@ -138,7 +138,7 @@ def test_the_energy_counter_stands_still_between_its_periods(
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     gpu = node.gpus[0]
-    while 10.0 - time.monotonic() % 10.0 < 0.5:  # not across a boundary
+    while 10.0 - time.monotonic() % 10.0 < 3:  # not across a boundary
         time.sleep(0.1)
     counted, true_j = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), gpu.true_energy_j()
     WorkEmulator(node, 0).work("forward")
@@ -203,11 +203,13 @@ def test_what_monitors_ask_is_answered(handle: object) -> None:
 def test_utilization_is_the_share_of_the_last_period(handle: object, node: SimulatedNode) -> None:
     """A GPU that hardly waits is busy for much of it."""
     emulator = WorkEmulator(node, 1)
-    for _ in range(8):  # 160 ms and more: a whole period of work
-        emulator.work("forward")
-    for _ in range(8):
-        emulator.work("forward")
-    assert pynvml.nvmlDeviceGetUtilizationRates(handle).gpu > 20
+
+    def is_busy_after_work() -> bool:
+        for _ in range(8):  # 160 ms and more: a whole period of work
+            emulator.work("forward")
+        return bool(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu > 20)
+
+    wait_until(is_busy_after_work)
 
 
 def test_throttle_reasons_tell_heat_from_power(handle: object, node: SimulatedNode) -> None:

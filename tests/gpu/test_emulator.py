@@ -19,7 +19,7 @@ from .conftest import FORWARD_S, POWER_W
 
 def lock_and_wait(node: SimulatedNode, gpu: int, clock_mhz: int) -> None:
     node.gpus[gpu].lock_clocks(clock_mhz, clock_mhz)
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while node.gpus[gpu].effective_clock_mhz() != clock_mhz:
         assert time.monotonic() < deadline_s
         time.sleep(0.001)
@@ -43,7 +43,7 @@ def test_another_process_changes_the_clock_in_the_middle(
     make_node: Callable[..., SimulatedNode], start_python: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """What was done stays done; the rest takes its share of the time and energy at the new clock."""
-    node = make_node(time_scale=8, log=True)
+    node = make_node(time_scale=40, log=True)
     other = start_python(
         """
 from perseus_core.gpu import simulated
@@ -57,10 +57,10 @@ gpu.lock_clocks(500, 500)
     assert other.stdout is not None
     assert other.stdout.readline() == "ready\n"
     executed = WorkEmulator(node, 1).work("backward")
-    assert other.wait(timeout=10) == 0
+    assert other.wait(timeout=60) == 0
     (fast, fast_s), (slow, slow_s) = executed.clocks
     assert (fast, slow) == (1000, 500)
-    assert fast_s / 0.320 + slow_s / 0.576 == pytest.approx(1.0)
+    assert fast_s / 1.6 + slow_s / 2.88 == pytest.approx(1.0)
     assert executed.energy_j == pytest.approx(fast_s * 300 + slow_s * 200)
     (request,) = read_clock_requests(node.folder)
     assert executed.start_s + fast_s == pytest.approx(request.time_s + 0.004)
@@ -125,8 +125,9 @@ while True:
     )
     assert worker.stdout is not None
     assert worker.stdout.readline() == "ready\n"
+    deadline_s = time.monotonic() + 60
     while not node.gpus[0].state().is_working:
-        pass
+        assert time.monotonic() < deadline_s
     worker.kill()
     worker.wait()
     executed = WorkEmulator(node, 0).work("forward")
@@ -147,7 +148,7 @@ simulated.WorkEmulator(node, 1).work("backward")
 node.gpus[0].reset_clocks()
 """
     )
-    assert other.wait(timeout=10) == 0
+    assert other.wait(timeout=60) == 0
     first, second = read_executed(node.folder)
     assert (first.gpu, first.kind, first.label) == (0, "forward", {"iteration": 3, "microbatch": 1})
     assert (second.gpu, second.stage, second.pid) == (1, 1, other.pid)

@@ -66,14 +66,15 @@ def test_a_hanging_call_lets_other_threads_and_gpus_live(
     hanging.join(timeout=0.1)
     assert hanging.is_alive()
     faults.clear(gpu)
-    hanging.join(timeout=10)
+    hanging.join(timeout=60)
     assert not hanging.is_alive()
 
 
 def test_heat_in_the_middle_of_work_slows_the_rest_of_it(
-    node: SimulatedNode, gpu: SimulatedGpu, start_python: Callable[..., subprocess.Popen[str]]
+    make_node: Callable[..., SimulatedNode], start_python: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """Another process makes this GPU the straggler, and the work that runs meets the lower clock."""
+    node = make_node(time_scale=40)
     other = start_python(
         """
 from perseus_core.gpu import simulated
@@ -88,8 +89,7 @@ faults.throttle(gpu, 500)
     assert other.stdout is not None
     assert other.stdout.readline() == "ready\n"
     emulator = WorkEmulator(node, 0)
-    met = [executed.clocks for executed in (emulator.work("backward", stage=1) for _ in range(4))]
-    assert other.wait(timeout=10) == 0
-    assert met[-1][0][0] == 500
-    assert any([clock for clock, _ in clocks] == [1000, 500] for clocks in met)
-    assert gpu.effective_clock_mhz() == 500
+    executed = emulator.work("backward", stage=1)
+    assert other.wait(timeout=60) == 0
+    assert [clock for clock, _ in executed.clocks] == [1000, 500]
+    assert node.gpus[0].effective_clock_mhz() == 500

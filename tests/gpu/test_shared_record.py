@@ -43,7 +43,7 @@ def test_processes_and_threads_never_lose_a_change(record: SharedRecord, start_p
     for thread in threads:
         thread.join()
     for process in processes:
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=90) == 0
     assert record.read() == b"1500"
 
 
@@ -84,7 +84,7 @@ def test_the_lock_keeps_others_out(record: SharedRecord, start_python: Start) ->
         assert other.stdout.readline() == "ready\n"
         time.sleep(0.1)
         assert record.read() == b"0"
-    assert other.wait(timeout=30) == 0
+    assert other.wait(timeout=90) == 0
     assert record.read() == b"300"
 
 

@@ -1,3 +1,5 @@
+"""The documented GPU model, the transformers on it, and the profiles and descriptions made of them."""
+
 from __future__ import annotations
 
 import runpy
@@ -10,12 +12,13 @@ import numpy as np
 import pytest
 
 from perseus_core.errors import InputError
-from perseus_core.gpu.model import A40, A100, GPUS, H100, TRANSFORMERS, GpuModel, Work, Workload
+from perseus_core.gpu.model import A40, A100, GPUS, H100, GpuModel, Work
 from perseus_core.gpu.simulated.description import Description
+from perseus_core.gpu.workload import TRANSFORMERS, Workload
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 COMMITTED = runpy.run_path(str(CONFIGS / "make_profiles.py"))["COMMITTED"]
 GPT3_67B = Workload(TRANSFORMERS["gpt3-6.7b"], num_stages=4, microbatch_size=2)
 FORWARD = GPT3_67B.forward(0)
