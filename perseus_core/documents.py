@@ -9,8 +9,9 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -19,6 +20,8 @@ from perseus_core.errors import InputError
 from perseus_core.files import write_text
 
 MAX_FILE_BYTES = 256 * 2**20
+
+Choice = TypeVar("Choice", bound=Enum)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Fields:
         if not isinstance(value, str):
             raise self.error(name, value, "must be text")
         return value
+
+    def choice(self, name: str, choices: type[Choice]) -> Choice:
+        """A value of an enumeration."""
+        value = self._get(name)
+        values = [each.value for each in choices]
+        if value not in values:
+            raise self.error(name, value, f"must be one of {', '.join(values)}")
+        return choices(value)
 
     def items(self, name: str) -> list[Any]:
         """A list of anything."""

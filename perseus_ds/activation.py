@@ -23,8 +23,13 @@ def activate(engine_module: ModuleType) -> None:
         engine_module: `deepspeed.runtime.pipe.engine`.
     """
     pipeline_engine, any_engine = engine_module.PipelineEngine, engine_module.DeepSpeedEngine
-    _look_after(pipeline_engine, _follow_if_asked)
-    _look_after(any_engine, functools.partial(_step_aside_if_asked, pipeline_engine))
+
+    def look_at_other(engine: Any) -> None:
+        if not isinstance(engine, pipeline_engine):  # else it is not complete yet
+            _look_at(engine, has_pipeline=False)
+
+    _look_after(pipeline_engine, functools.partial(_look_at, has_pipeline=True))
+    _look_after(any_engine, look_at_other)
 
 
 def _look_after(engine_class: type, look: Callable[[Any], None]) -> None:
@@ -42,25 +47,22 @@ def _look_after(engine_class: type, look: Callable[[Any], None]) -> None:
     engine_class.__init__ = initialise_and_look  # type: ignore[misc]
 
 
-def _follow_if_asked(engine: Any) -> None:
+def _look_at(engine: Any, *, has_pipeline: bool) -> None:
     block = _block_of(engine)
     if block is None:
         return
     try:
         from perseus_ds.config import read_block
-        from perseus_ds.start import follow
+        from perseus_ds.start import follow, leave_alone
     except Exception as error:
         say_not_active(error)
         return
     # A block that is wrong ends the job here, as DeepSpeed's own blocks do; whatever comes after does not.
-    follow(engine, read_block(block))
-
-
-def _step_aside_if_asked(pipeline_engine: type, engine: Any) -> None:
-    if not isinstance(engine, pipeline_engine) and _block_of(engine) is not None:
-        from perseus_ds.start import refuse_engine_without_pipeline
-
-        refuse_engine_without_pipeline()
+    settings = read_block(block)
+    if has_pipeline:
+        follow(engine, settings)
+    else:
+        leave_alone(settings)
 
 
 def _block_of(engine: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.adapter import Follower, Hooks
-from perseus_ds.extraction import KIND_OF
+from perseus_ds.instructions import KIND_OF
 
 Microbatches = defaultdict[int, int]
 """From a model chunk to how many of its passes have begun in this batch: the number of the next microbatch."""

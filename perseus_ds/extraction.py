@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from perseus_core.errors import InputError
-from perseus_core.planning.schedule import Instruction, Kind, Schedule, one_f_one_b
-
-# DeepSpeed's names (`deepspeed.runtime.pipe.schedule`), by name so that this module needs no DeepSpeed.
-KIND_OF = {"ForwardPass": Kind.FORWARD, "BackwardPass": Kind.BACKWARD}
+from perseus_core.planning.schedule import Instruction, Kind, Placement, Schedule, one_f_one_b
+from perseus_ds.instructions import KIND_OF, chunk_of
+from perseus_ds.transfers import dualpipev_waits
 
 
 def schedule_factory(train_schedule: Any) -> Callable[[int], Schedule]:
@@ -22,6 +23,7 @@ def schedule_factory(train_schedule: Any) -> Callable[[int], Schedule]:
     """
     schedule_class, num_stages = type(train_schedule), train_schedule.num_stages
 
+    @functools.lru_cache(maxsize=8)
     def schedule(num_microbatches: int) -> Schedule:
         return _schedule(schedule_class, num_stages, num_microbatches)
 
@@ -38,8 +40,10 @@ def _schedule(schedule_class: Callable[..., Any], num_stages: int, num_microbatc
     if stages == canonical.stages:
         return canonical
     num_chunks = 1 + max(i.chunk for order in stages for i in order)
-    name = {"DualPipeVSchedule": "dualpipev"}.get(schedule_class.__name__, schedule_class.__name__)
-    return Schedule(name, num_chunks, num_microbatches, stages)
+    if schedule_class.__name__ == "DualPipeVSchedule":
+        schedule = Schedule("dualpipev", num_chunks, num_microbatches, stages, placement=Placement.V)
+        return replace(schedule, waits=dualpipev_waits(schedule, [of_stage.steps() for of_stage in of_stages]))
+    return Schedule(schedule_class.__name__, num_chunks, num_microbatches, stages)
 
 
 def stage_order(stage: int, steps: Iterable[Iterable[Any]]) -> tuple[Instruction, ...]:
@@ -58,7 +62,7 @@ def stage_order(stage: int, steps: Iterable[Iterable[Any]]) -> tuple[Instruction
             kind = KIND_OF.get(type(command).__name__)
             if kind is None:
                 continue
-            chunk = command.kwargs.get("phase", 0)
+            chunk = chunk_of(command)
             microbatch = next_microbatch.get((kind, chunk), 0)
             next_microbatch[kind, chunk] = microbatch + 1
             order.append(Instruction(stage, chunk, microbatch, kind))

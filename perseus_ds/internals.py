@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from perseus_ds.extraction import KIND_OF
+from perseus_ds.instructions import KIND_OF
 
 
 def differences(engine: Any) -> list[str]:

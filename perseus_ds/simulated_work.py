@@ -10,16 +10,16 @@ the CPU computes the real numbers in the same time. The CPU must be quicker than
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from perseus_core.gpu.simulated import WorkEmulator, open_node
+from perseus_core.gpu.simulated import open_node
+from perseus_core.gpu.simulated.occupation import Occupation
 from perseus_core.planning.schedule import Kind
-from perseus_ds.extraction import KIND_OF
+from perseus_ds.instructions import KIND_OF
 
 
 def occupy_simulated_gpus() -> None:
@@ -28,31 +28,24 @@ def occupy_simulated_gpus() -> None:
     Raises:
         InputError: if there are no simulated GPUs.
     """
-    gpu = _SimulatedGpu(WorkEmulator(open_node(), int(os.environ.get("LOCAL_RANK", "0"))))
+    occupation_of_stage = functools.cache(functools.partial(Occupation, open_node()))
     for engine_class in (PipelineEngine, *PipelineEngine.__subclasses__()):
         instructions = vars(engine_class).get("_INSTRUCTION_MAP", {})
         for command, function in instructions.items():
             if command.__name__ in KIND_OF:
-                instructions[command] = gpu.occupied_by(function, KIND_OF[command.__name__])
+                instructions[command] = _occupying(function, KIND_OF[command.__name__], occupation_of_stage)
 
 
-class _SimulatedGpu:
-    def __init__(self, emulator: WorkEmulator) -> None:
-        self._emulator = emulator
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="simulated-gpu")
+def _occupying(
+    function: Callable[..., Any], kind: Kind, occupation_of_stage: Callable[[int], Occupation]
+) -> Callable[..., Any]:
+    """The pass, ending when both the CPU and the simulated GPU have done it."""
 
-    def occupied_by(self, function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
-        """The pass, ending when both the CPU and the simulated GPU have done it."""
-        passes = 0
+    def execute(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        occupation = occupation_of_stage(engine.stage_id)
+        occupation.begin(kind, chunk=kwargs.get("phase", 0))
+        result = function(engine, *args, **kwargs)
+        occupation.end()
+        return result
 
-        def execute(engine: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal passes
-            label = {"pass": passes}
-            passes += 1
-            chunk = kwargs.get("phase", 0)
-            work = self._thread.submit(self._emulator.work, kind, stage=engine.stage_id, chunk=chunk, label=label)
-            result = function(engine, *args, **kwargs)
-            work.result()
-            return result
-
-        return execute
+    return execute

@@ -63,9 +63,9 @@ def is_one_followed() -> bool:
     return follower is not None and not follower.is_finished
 
 
-def refuse_engine_without_pipeline() -> None:
-    """Says that an engine with a block has no pipeline."""
-    if is_first_rank():
+def leave_alone(settings: Settings) -> None:
+    """Says of an engine without a pipeline that nothing is done for it, if the settings ask for something."""
+    if settings.enabled and is_first_rank():
         step_aside(
             'the config has a "perseus" block, but this engine has no pipeline (its model is not a PipelineModule), '
             "and without one there is nothing to slow down for free"

@@ -205,8 +205,8 @@ def data_dependencies(schedule: Schedule) -> Iterator[tuple[Instruction, Instruc
 def _instructions_of_passes(schedule: Schedule) -> dict[Instruction, Instruction]:
     """The instruction that runs each pass: itself, or the `forward_backward` that holds it.
 
-    Such an instruction bears the name of its backward. A stage runs its forwards in the order of its backwards, with the
-    chunks counted from the other end, and those that run alone come first; so the order says which forward it holds.
+    Such an instruction bears the name of its backward. A stage runs its forwards in the order of its backwards, with
+    the chunks counted from the other end, and those that run alone first: so the order says which forward it holds.
     """
     last_chunk = schedule.num_chunks - 1
     runs: dict[Instruction, Instruction] = {}

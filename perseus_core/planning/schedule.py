@@ -66,7 +66,7 @@ class Schedule:
 
     Attributes:
         name: how it is called, for example `1f1b`.
-        num_chunks: model chunks per stage, 1 unless interleaved.
+        num_chunks: model chunks per stage, 1 unless interleaved or in a V.
         num_microbatches: microbatches of one iteration.
         stages: for each stage its instructions in order.
         waits: pairs (before, after): `after` begins when `before` has ended, though it needs nothing of it, because the

@@ -9,6 +9,8 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from tests.recording_session import RecordingSession
+
 WIDTH = 8
 
 
@@ -68,29 +70,6 @@ def batch_config(microbatches: int, **more: Any) -> dict[str, Any]:
     }
 
 
-class RecordingSession:
-    """Stands in for a session: writes down what it is told."""
-
-    def __init__(self) -> None:
-        self.iterations: list[dict[str, Any]] = []
-        self.closed = False
-
-    def begin_iteration(self, num_microbatches: int, *, training: bool = True) -> None:
-        self.iterations.append({"microbatches": num_microbatches, "training": training, "order": [], "ended": False})
-
-    def begin_instruction(self, chunk: int, microbatch: int, kind: str) -> None:
-        self.iterations[-1]["order"].append([chunk, microbatch, kind.value])
-
-    def end_instruction(self) -> None:
-        self.iterations[-1]["order"][-1].append("ended")
-
-    def end_iteration(self) -> None:
-        self.iterations[-1]["ended"] = True
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def train(engine: Any, batches: Any) -> None:
     """The first training batch, which is not followed, and the first that is."""
     for _ in range(2):
@@ -148,19 +127,26 @@ def record_many_engines() -> dict[str, Any]:
     return recorded
 
 
-def record_dualpipev(sessions: list[RecordingSession]) -> dict[str, Any]:
+def make_dualpipev_engine(config: dict[str, Any], stages: int) -> Any:
+    """A pipeline of linear layers in a V."""
     from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 
-    from perseus_ds.extraction import schedule_factory
-
+    torch.manual_seed(7)
     module = DualPipeVModule(
-        [LayerSpec(torch.nn.Linear, WIDTH, WIDTH) for _ in range(8)],
-        num_stages=4,
+        [LayerSpec(torch.nn.Linear, WIDTH, WIDTH) for _ in range(2 * stages)],
+        num_stages=stages,
         loss_fn=torch.nn.functional.mse_loss,
         partition_method="uniform",
     )
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config={**batch_config(8), **ENABLED})
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return engine
+
+
+def record_dualpipev(sessions: list[RecordingSession]) -> dict[str, Any]:
+    from perseus_ds.extraction import schedule_factory
+
+    engine = make_dualpipev_engine({**batch_config(8), **ENABLED}, 4)
     train(engine, data(engine))
     extracted = schedule_factory(engine._train_schedule())(8).stages[engine.stage_id]
     engine.destroy()
@@ -228,7 +214,7 @@ def losses_with_and_without(iterations: int, layouts: list[str]) -> dict[str, An
     return compared
 
 
-def train_under_a_plan(config: dict[str, Any], stages: int, iterations: int) -> dict[str, Any]:
+def train_under_a_plan(config: dict[str, Any], stages: int, iterations: int, dualpipev: bool = False) -> dict[str, Any]:
     """A whole job; returns what each iteration took, under which plan, and the session's own view."""
     import dataclasses
     import time
@@ -239,7 +225,7 @@ def train_under_a_plan(config: dict[str, Any], stages: int, iterations: int) -> 
 
     start()
     occupy_simulated_gpus()
-    engine = make_engine(config, stages)
+    engine = make_dualpipev_engine(config, stages) if dualpipev else make_engine(config, stages)
     gpu = open_node().gpus[engine.local_rank]
     batches = data(engine)
     laps = []
@@ -275,13 +261,14 @@ def faults() -> dict[str, Any]:
     seen: dict[str, Any] = {}
     config = {**batch_config(4), "perseus": QUICK}
 
-    # An engine without a pipeline
-    model = torch.nn.Linear(WIDTH, WIDTH)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    plain, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    loss = plain(torch.ones(2, WIDTH)).sum()
-    plain.backward(loss)
-    seen["no pipeline"] = loss.item()
+    # Engines without a pipeline
+    for name, block in (("no pipeline", QUICK), ("no pipeline, not enabled", {"enabled": False})):
+        model = torch.nn.Linear(WIDTH, WIDTH)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        plain, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**config, "perseus": block})
+        loss = plain(torch.ones(2, WIDTH)).sum()
+        plain.backward(loss)
+        seen[name] = loss.item()
 
     reference, _ = losses(batch_config(4), 2, 8)
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from deepspeed.runtime.pipe.schedule import DualPipeVSchedule, InferenceSchedule, TrainSchedule
 
 from perseus_core.errors import InputError
-from perseus_core.planning.schedule import Instruction, Kind, one_f_one_b
+from perseus_core.planning.dag import ComputationDag
+from perseus_core.planning.schedule import Instruction, Kind, Placement, Schedule, one_f_one_b
 from perseus_ds.extraction import schedule_factory
 
 
@@ -28,6 +31,22 @@ def test_dualpipev_has_two_chunks() -> None:
             for kind in (Kind.FORWARD, Kind.BACKWARD)
         }
         assert set(order) == everything
+
+
+@pytest.mark.parametrize("num_stages", [2, 4, 8])
+def test_dualpipev_lies_in_a_v(num_stages: int) -> None:
+    """It takes less time than 1F1B with the same layers on each stage; taken for a loop it would wait for itself."""
+    num_microbatches = 2 * num_stages + 1
+
+    def time_s(schedule: Schedule, layers: int) -> float:
+        dag = ComputationDag.of(schedule)
+        return dag.iteration_time_s([layers * (1 if i.kind is Kind.FORWARD else 2) for i in dag.instructions])
+
+    schedule = schedule_factory(DualPipeVSchedule(num_microbatches, num_stages, 0))(num_microbatches)
+    work_s = 2 * num_microbatches * (1 + 2)
+    assert work_s < time_s(schedule, 1) < time_s(one_f_one_b(num_stages, num_microbatches), 2)
+    with pytest.raises(InputError, match="cycle"):
+        ComputationDag.of(replace(schedule, placement=Placement.LOOP))
 
 
 def test_a_number_that_deepspeed_refuses_is_refused() -> None:

@@ -54,8 +54,10 @@ def test_deepspeed_that_differs_is_left_alone(seen: list[dict[str, Any]], job: F
 
 
 def test_engine_without_pipeline_is_left_alone(seen: list[dict[str, Any]], job: Finished) -> None:
-    """A block in the config of an engine without a pipeline is answered with one line."""
-    assert all(isinstance(rank["no pipeline"], float) for rank in seen)
+    """An enabled block in the config of an engine without a pipeline is answered with one line, another with none."""
+    for rank in seen:
+        assert isinstance(rank["no pipeline"], float)
+        assert isinstance(rank["no pipeline, not enabled"], float)
     assert job.output.count("but this engine has no pipeline") == 1
 
 

@@ -6,9 +6,12 @@ schedule is a generator of instructions anyway.
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+
+import pytest
 
 from perseus_core.planning.schedule import Instruction, Kind
 
@@ -34,7 +37,6 @@ def megatron_order(
     from megatron.core import ModelParallelConfig
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import schedules
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
     config: Any = ModelParallelConfig(
         pipeline_model_parallel_size=num_stages,
@@ -52,22 +54,18 @@ def megatron_order(
             self.model_type = ModelType.encoder_or_decoder
 
     chunks = [Chunk() for _ in range(num_chunks)]
-    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    groups = ProcessGroupCollection()
-    for name in ("tp", "cp", "embd", "pos_embd", "dp_cp"):
-        setattr(groups, name, alone)
-    groups.pp = SimpleNamespace(size=lambda: num_stages, rank=lambda: stage)
+    run = getattr(schedules, f"forward_backward_pipelining_{'with' if num_chunks > 1 else 'without'}_interleaving")
+    parameter, groups = _process_groups(run, num_stages, stage)
     order: list[Instruction] = []
 
     def forward_step(_func: object, _data: object, model: Chunk, *_: object, **arguments: Any) -> tuple[object, int]:
         order.append(Instruction(stage, chunks.index(model), arguments["current_microbatch"], Kind.FORWARD))
         return order[-1], 0
 
-    def backward_step(_input: object, forward: Instruction, *_: object) -> str:
+    def backward_step(_input: object, forward: Instruction, *_: object, **__: object) -> str:
         order.append(forward._replace(kind=Kind.BACKWARD))
         return "gradient"
 
-    run = schedules.get_forward_backward_func(num_stages, num_chunks if num_chunks > 1 else None)
     with (
         mock.patch.object(schedules, "forward_step", forward_step),
         mock.patch.object(schedules, "backward_step", backward_step),
@@ -81,9 +79,25 @@ def megatron_order(
             seq_length=1,
             micro_batch_size=1,
             p2p_communicator=_Communicator(config, groups.pp, num_chunks),
-            pg_collection=groups,
+            **{parameter: groups},
         )
     return tuple(order)
+
+
+def _process_groups(run: Any, num_stages: int, stage: int) -> tuple[str, Any]:
+    """The process groups of a stage, and the parameter by which a version's schedule takes them."""
+    from megatron.core import __version__, process_groups_config
+
+    types = {"pg_collection": "ProcessGroupCollection", "grad_finalize_pgs": "GradFinalizeProcessGroups"}  # 0.15, 0.14
+    parameter = next((name for name in types if name in inspect.signature(run).parameters), None)
+    if parameter is None:
+        pytest.skip(f"the schedules of megatron-core {__version__} take no communicator; 0.14 and newer do")
+    groups = getattr(process_groups_config, types[parameter])()
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    for name in ("tp", "cp", "embd", "pos_embd", "dp_cp"):
+        setattr(groups, name, alone)
+    groups.pp = SimpleNamespace(size=lambda: num_stages, rank=lambda: stage)
+    return parameter, groups
 
 
 class _CpuTorch:

@@ -106,6 +106,7 @@ def broken(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda document: document["measurements"].clear(), ["no measurement"]),
         (lambda document: document["schedule"]["stages"].pop(), ["4 stages; the schedule has 3"]),
         (lambda document: document["schedule"]["stages"][0].append(["forward", 0, 99]), ["microbatch=99"]),
+        (lambda document: document["schedule"].update(placement="x"), ['"placement" is "x"', "one of loop, v"]),
         (lambda document: document.pop("schedule"), ['"schedule" is missing']),
     ],
 )

@@ -15,6 +15,10 @@ from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.plan import Plan, make_plan
 from perseus_core.planning.policy import Policy, fastest, max_slowdown, no_slowdown, straggler
 from perseus_core.planning.problem import PipelineProblem
+from perseus_core.planning.profile import Profile
+from perseus_core.planning.schedule import Placement, interleaved
+from perseus_core.planning.solver import solve
+from tests.planning.fused import fused_with_expert_overlap
 
 AnyFrontier = Frontier[PipelineProblem]
 
@@ -41,6 +45,23 @@ def test_the_default_is_no_slowdown(problem: PipelineProblem, frontier: AnyFront
     assert len(plan.instructions) == problem.dag.num_instructions
 
 
+@pytest.mark.parametrize("num_microbatches", [4, 8])
+def test_fused_instructions_are_planned(own_profile: Profile, num_microbatches: int) -> None:
+    """From a profile of what each stage runs to a plan that saves; of four microbatches the first stage fuses none."""
+    schedule, passes = fused_with_expert_overlap(interleaved(4, num_microbatches, 2))
+    of_chunks = own_profile.divided_into_chunks(2)
+    measurements = []
+    for instruction in {i.type: i for i in schedule.instructions}.values():
+        for at_same_clock in zip(*(of_chunks.of(each.type) for each in passes[instruction]), strict=True):
+            time_s, energy_j = sum(m.time_s for m in at_same_clock), sum(m.energy_j for m in at_same_clock)
+            measurements.append(replace(at_same_clock[0], type=instruction.type, time_s=time_s, energy_j=energy_j))
+    profile = Profile(tuple(measurements))
+    plan = make_plan(solve(PipelineProblem.of(profile, schedule, 83.5)))
+    assert plan.slowdown <= 0
+    assert plan.saving > 0.05
+    assert plan.gap < 0.01
+
+
 def test_more_time_never_costs_more(frontier: AnyFrontier) -> None:
     """Savings grow with the slowdown allowed."""
     savings = [make_plan(frontier, max_slowdown(slowdown)).saving for slowdown in (0.0, 0.02, 0.05, 0.1, 0.2)]
@@ -52,6 +73,14 @@ def test_a_file_gives_back_the_plan(tmp_path: Path, frontier: AnyFrontier) -> No
     plan = make_plan(frontier, switch_latency_s=0.01)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_a_file_gives_back_how_the_chunks_lie(tmp_path: Path, frontier: AnyFrontier) -> None:
+    """A plan for chunks in a V does not come back as one for a loop."""
+    plan = make_plan(frontier)
+    in_a_v = replace(plan, schedule=replace(plan.schedule, placement=Placement.V))
+    in_a_v.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == in_a_v != plan
 
 
 @pytest.mark.parametrize(

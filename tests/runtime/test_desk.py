@@ -14,7 +14,7 @@ from perseus_core.planning.frontier_file import load_frontier
 from perseus_core.planning.policy import max_slowdown, no_slowdown
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
-from perseus_core.planning.schedule import InstructionType, gpipe, interleaved, one_f_one_b
+from perseus_core.planning.schedule import InstructionType, Kind, Placement, gpipe, interleaved, one_f_one_b
 from perseus_core.planning.transfers import Waits
 from perseus_core.runtime.coordination import Baseline
 from perseus_core.runtime.correction import SeenDuration
@@ -111,6 +111,25 @@ def test_a_traced_order_counts_for_more_than_what_was_said(own_profile: Profile,
     assert list(desk.plan().stages[1].steps) == traced[1]
     with pytest.raises(InputError, match="was not traced"):
         desk.plan(12)
+
+
+def test_a_traced_order_lies_over_the_stages_as_was_said(own_profile: Profile, tmp_path: Path) -> None:
+    """What was traced does not tell which way a chunk leads; a saved state keeps it."""
+    in_a_v = dataclasses.replace(interleaved(4, MICROBATCHES, 2), placement=Placement.V)
+    traced = [
+        [(chunk, microbatch, Kind.FORWARD) for chunk in (0, 1) for microbatch in range(MICROBATCHES)]
+        + [(chunk, microbatch, Kind.BACKWARD) for chunk in (1, 0) for microbatch in range(MICROBATCHES)]
+        for _ in range(4)
+    ]
+    profile = own_profile.divided_into_chunks(2)
+    desk = PlanningDesk(lambda _: in_a_v, clocks_mhz(profile), no_slowdown)
+    desk.take_measurements(dataclasses.replace(measured(own_profile), profile=profile), traced)
+    key = ProfileKey("model", in_a_v.name, 4, 2, 1, 1, 1, "GPU", 400.0)
+    save_state(tmp_path / "session.json", key, desk.state(desk.plan()))
+    state = load_state(tmp_path / "session.json", key)
+    assert state is not None
+    assert state.traced is not None
+    assert state.traced.placement is Placement.V
 
 
 @pytest.mark.parametrize("waits", [(), "some"])

@@ -28,9 +28,9 @@ class Occupation:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="simulated-gpu")
         self._work: Future[ExecutedInstruction] | None = None
 
-    def begin(self, kind: str, *, chunk: int = 0, microbatch: int = 0) -> None:
+    def begin(self, kind: str, *, chunk: int = 0, microbatch: int | None = None) -> None:
         """The GPU starts on an instruction, in a thread of its own, while the caller computes."""
-        label = {"microbatch": microbatch}
+        label = None if microbatch is None else {"microbatch": microbatch}
         self._work = self._thread.submit(self._emulator.work, kind, stage=self._stage, chunk=chunk, label=label)
 
     def end(self) -> None:
