@@ -9,13 +9,12 @@ GPUs are slowed to twice and an iteration has half as many microbatches.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from types import ModuleType
 from typing import Any
 
-from benchmarks.deepspeed import IdleSession, print_runs, run_job
+from benchmarks.jobs import IdleSession, parse_arguments, print_runs, run_job
 
 BLOCK = {"enabled": True, "profile_cache": "off", "log_interval": 0}
 # Stages and chunks.
@@ -23,21 +22,29 @@ LAYOUTS = {"pp4": (4, 1), "pp4vpp2": (4, 2), "dp2xpp2": (2, 1)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--time-scale", type=float, default=0.5)
-    parser.add_argument("--iterations", type=int, default=90)
-    parser.add_argument("--only", choices=["cost", *LAYOUTS])
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, LAYOUTS)
     if arguments.only in (None, "cost"):
         forward_us, backward_us = hook_cost_us()
         print(f"hook on one pass, above the pass alone: forward {forward_us:.2f} us, backward {backward_us:.2f} us")
     for layout in LAYOUTS if arguments.only is None else LAYOUTS.keys() & {arguments.only}:
         stages, chunks = LAYOUTS[layout]
-        scaled = argparse.Namespace(**{**vars(arguments), "time_scale": arguments.time_scale * chunks})
-        more = ["--chunks", str(chunks), "--microbatches", str(8 // chunks)]
-        megatron: dict[str, Any] = {"config": BLOCK, "module": "demo.train_megatron", "chunks": chunks, "more": more}
-        print_runs(layout, [run_job(stages, scaled, seed, **megatron) for seed in range(arguments.runs)])
+        training = ["--iterations", str(arguments.iterations), "--chunks", str(chunks)]
+        training += ["--microbatches", str(8 // chunks)]
+        print_runs(
+            layout,
+            [
+                run_job(
+                    stages,
+                    seed,
+                    time_scale=arguments.time_scale * chunks,
+                    config=BLOCK,
+                    module="demo.train_megatron",
+                    training=training,
+                    chunks=chunks,
+                )
+                for seed in range(arguments.runs)
+            ],
+        )
 
 
 def hook_cost_us(passes: int = 100_000, repetitions: int = 7) -> tuple[float, float]:

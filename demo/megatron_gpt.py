@@ -33,7 +33,11 @@ class Sizes:
         stages: pipeline size.
         chunks: model chunks of a stage (virtual pipeline).
         tensor_parallel: GPUs that share each layer.
+        context_parallel: GPUs that share each sequence. Each attends to its own part of it only: attention over all
+            parts is Transformer Engine's, which needs a GPU.
         layers_per_chunk: transformer layers.
+        layers_at_ends: those of the first and of the last stage, which have the embedding and the head beside; 0 for as
+            many as the others have.
         width, heads, sequence_length: of the model.
         microbatch_size: samples.
     """
@@ -41,11 +45,19 @@ class Sizes:
     stages: int
     chunks: int = 1
     tensor_parallel: int = 1
+    context_parallel: int = 1
     layers_per_chunk: int = 1
+    layers_at_ends: int = 0
     width: int = 32
     heads: int = 2
     sequence_length: int = 32
     microbatch_size: int = 2
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers in all."""
+        even = self.stages * self.chunks * self.layers_per_chunk
+        return even - 2 * (self.layers_per_chunk - self.layers_at_ends) if self.layers_at_ends else even
 
 
 class Training:
@@ -53,6 +65,7 @@ class Training:
 
     Attributes:
         model: this rank's chunks.
+        data: the microbatches of each chunk, tokens and what comes next.
     """
 
     def __init__(self, sizes: Sizes, text: Path) -> None:
@@ -62,6 +75,7 @@ class Training:
             tensor_model_parallel_size=sizes.tensor_parallel,
             pipeline_model_parallel_size=sizes.stages,
             virtual_pipeline_model_parallel_size=sizes.chunks if sizes.chunks > 1 else None,
+            context_parallel_size=sizes.context_parallel,
         )
         torch.manual_seed(1234)
         model_parallel_cuda_manual_seed(1234)
@@ -71,16 +85,20 @@ class Training:
         self._tokens = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
         # Every stage of a pipeline draws the same microbatches; only the first and the last use them.
         seed = parallel_state.get_data_parallel_rank()
-        self._data = [self._microbatches(seed) for _ in self.model]
+        self.data: list[Iterator[tuple[torch.Tensor, torch.Tensor]]] = [self._microbatches(seed) for _ in self.model]
 
     def step(self, num_microbatches: int) -> float:
         """Trains one iteration; returns its loss, on the last stage only."""
+        loss = self.compute_gradients(num_microbatches)
+        self.optimizer.step()
+        return loss
+
+    def compute_gradients(self, num_microbatches: int) -> float:
+        """An iteration without the optimizer's step; returns its loss, on the last stage only."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._run(num_microbatches, forward_only=False)
-        self.optimizer.step()
-        return losses
+        return self._run(num_microbatches, forward_only=False)
 
     def evaluate(self, num_microbatches: int) -> float:
         """Forward passes only; returns the loss, on the last stage only."""
@@ -91,7 +109,7 @@ class Training:
         pipelined = self.sizes.stages > 1
         losses = get_forward_backward_func()(
             forward_step_func=_forward,
-            data_iterator=self._data if pipelined and self.sizes.chunks > 1 else self._data[0],
+            data_iterator=self.data if pipelined and self.sizes.chunks > 1 else self.data[0],
             model=self.model if self.sizes.chunks > 1 else self.model[0],
             num_microbatches=num_microbatches,
             seq_length=self.sizes.sequence_length,
@@ -104,15 +122,19 @@ class Training:
         generator = torch.Generator().manual_seed(seed)
         length = self.sizes.sequence_length
         last = len(self._tokens) - length - 1
+        first = parallel_state.get_context_parallel_rank() * length // self.sizes.context_parallel
         while True:
             starts = torch.randint(last, (self.sizes.microbatch_size,), generator=generator).tolist()
             pieces = torch.stack([self._tokens[start : start + length + 1] for start in starts])
-            yield pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
+            part = slice(first, first + length // self.sizes.context_parallel)
+            yield pieces[:, :-1][:, part].contiguous(), pieces[:, 1:][:, part].contiguous()
 
 
 def _config(sizes: Sizes) -> TransformerConfig:
     return TransformerConfig(
-        num_layers=sizes.stages * sizes.chunks * sizes.layers_per_chunk,
+        num_layers=sizes.layers,
+        num_layers_in_first_pipeline_stage=sizes.layers_at_ends or None,
+        num_layers_in_last_pipeline_stage=sizes.layers_at_ends or None,
         hidden_size=sizes.width,
         num_attention_heads=sizes.heads,
         attention_dropout=0.0,

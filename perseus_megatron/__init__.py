@@ -11,7 +11,7 @@ Programs on megatron-core that do not use `megatron.training` call `enable`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from perseus_autoload import await_import
@@ -25,7 +25,11 @@ await_import("megatron.training.arguments")
 
 
 def enable(
-    settings: Settings | Mapping[str, Any], model: Any | Sequence[Any], *, layout: Layout | None = None
+    settings: Settings | Mapping[str, Any],
+    model: Any | Sequence[Any],
+    *,
+    layout: Layout | None = None,
+    metric: Callable[[str, float], None] | None = None,
 ) -> FollowedTraining:
     """Follows a training loop on megatron-core that does not use `megatron.training`.
 
@@ -43,6 +47,8 @@ def enable(
         settings: the keys of the `perseus` block, or the checked settings.
         model: as `forward_backward_func` gets it: a module, or the list of this rank's model chunks.
         layout: this rank's place; by default as `megatron.core.parallel_state` says.
+        metric: called with the name and value of what is measured under a plan (`iteration_time_s`, `energy_j`,
+            `saving`). All ranks know it, so it may be given on the rank that keeps the metrics and on no other.
 
     Raises:
         InputError: naming the key that is wrong, its value and the remedy. Nothing else is raised: what cannot be
@@ -52,7 +58,7 @@ def enable(
     from perseus_megatron.following import follow
 
     checked = settings if isinstance(settings, Settings) else Settings.from_mapping(settings)
-    return follow(checked, model, layout=layout)
+    return follow(checked, model, layout=layout, metric=metric)
 
 
 def current() -> FollowedTraining | None:

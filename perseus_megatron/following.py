@@ -16,6 +16,7 @@ from perseus_core.runtime.adapter import (
     step_aside,
     step_aside_unless_expected,
 )
+from perseus_core.runtime.log import Metric
 from perseus_core.runtime.settings import Settings
 from perseus_megatron.layout import Layout
 from perseus_megatron.schedule_hooks import ScheduleHooks, combined_1f1b
@@ -107,6 +108,7 @@ def follow(
     model: Any | Sequence[Any],
     *,
     layout: Layout | None = None,
+    metric: Metric | None = None,
     hook: Callable[[Hooks, ScheduleHooks], None] | None = None,
 ) -> FollowedTraining:
     """Puts hooks into Megatron's schedules, if the settings ask for it and Megatron is as expected. Never raises.
@@ -115,11 +117,12 @@ def follow(
         settings: what the user wants.
         model: this rank's model chunks.
         layout: this rank's place; by default as Megatron says.
+        metric: called with the name and value of what is measured.
         hook: puts more hooks.
     """
     if settings.enabled:
         try:
-            return _follow(settings, model if isinstance(model, (list, tuple)) else [model], layout, hook)
+            return _follow(settings, model if isinstance(model, (list, tuple)) else [model], layout, metric, hook)
         except Exception as error:
             step_aside(f"{type(error).__name__}: {error}", details=error)
     return FollowedTraining(None, None)
@@ -129,6 +132,7 @@ def _follow(
     settings: Settings,
     model: Sequence[Any],
     layout: Layout | None,
+    metric: Metric | None,
     hook: Callable[[Hooks, ScheduleHooks], None] | None,
 ) -> FollowedTraining:
     global _current
@@ -156,7 +160,7 @@ def _follow(
         return left_alone
     place = Layout.of_this_rank() if layout is None else layout
     hooks = Hooks()
-    follower = Follower(lambda *sizes: open_training_session(settings, place, *sizes), hooks)
+    follower = Follower(lambda *sizes: open_training_session(settings, place, *sizes, metric=metric), hooks)
     schedule_hooks = ScheduleHooks(follower)
     schedule_hooks.put(hooks, schedules, combined)
     if hook is not None:

@@ -11,6 +11,7 @@ from megatron.core.utils import get_model_config
 
 from perseus_core.runtime.adapter import FollowedSession, device_of_rank, events_of
 from perseus_core.runtime.job import Job
+from perseus_core.runtime.log import Metric
 from perseus_core.runtime.opening import open_session
 from perseus_core.runtime.settings import Settings
 from perseus_megatron.extraction import schedule_factory
@@ -25,6 +26,8 @@ def open_training_session(
     num_microbatches: int,
     sequence_length: int,
     microbatch_size: int,
+    *,
+    metric: Metric | None = None,
 ) -> FollowedSession:
     """Opens the session; all ranks do so at the same training iteration.
 
@@ -35,6 +38,7 @@ def open_training_session(
         num_microbatches: of the iteration that begins.
         sequence_length: of a microbatch.
         microbatch_size: samples.
+        metric: called with the name and value of what is measured.
     """
     config = get_model_config(model[0])
     torch_device = next(model[0].parameters()).device
@@ -53,4 +57,6 @@ def open_training_session(
         schedule=schedule,
         key=key,
     )
-    return open_session(settings, job, device=device, local_rank=local_rank, events=events_of(torch_device))
+    return open_session(
+        settings, job, device=device, local_rank=local_rank, events=events_of(torch_device), metric=metric
+    )

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from perseus_core.runtime.adapter import Hooks, step_aside
+from perseus_core.runtime.log import Metric
 from perseus_core.runtime.settings import Settings
 from perseus_megatron.flags import with_state_in_checkpoint
 from perseus_megatron.following import follow
@@ -33,7 +34,8 @@ def hook_training(settings: Settings) -> None:
             step_aside("megatron.training.training.train has no argument model")
             return train(*args, **kwargs)
         where_state_is_kept = with_state_in_checkpoint(settings, training.get_args())
-        followed = follow(where_state_is_kept, model, hook=functools.partial(_hook_steps, training))
+        hook = functools.partial(_hook_steps, training)
+        followed = follow(where_state_is_kept, model, metric=_to_writers(training), hook=hook)
         try:
             return train(*args, **kwargs)
         finally:
@@ -41,6 +43,20 @@ def hook_training(settings: Settings) -> None:
 
     train_followed.of_perseus = train  # type: ignore[attr-defined]
     training.train = train_followed  # type: ignore[attr-defined]
+
+
+def _to_writers(training: ModuleType) -> Metric:
+    """Hands figures to Megatron's TensorBoard and W&B writers, which only the last rank has."""
+
+    def write(name: str, value: float) -> None:
+        iteration = training.get_args().curr_iteration
+        tensorboard, wandb = training.get_tensorboard_writer(), training.get_wandb_writer()
+        if tensorboard:
+            tensorboard.add_scalar(f"perseus/{name}", value, iteration)
+        if wandb:
+            wandb.log({f"perseus/{name}": value}, iteration)
+
+    return write
 
 
 def _hook_steps(training: ModuleType, hooks: Hooks, schedule_hooks: ScheduleHooks) -> None:

@@ -302,7 +302,7 @@ class TorchExchange:
                 with contextlib.suppress(RuntimeError, ValueError, AssertionError):
                     self._dist.destroy_process_group(group)
         else:
-            _keep_for_ever(self._rows_group, self._parcels_group)
+            _keep_for_ever(self._rows_group, self._parcels_group, *pending)
 
     def _start_gather(self, row: Row) -> tuple[Any, Any]:
         torch = self._torch
@@ -339,9 +339,13 @@ def _finish(work: Any) -> None:
         raise ExchangeError(_GONE) from error
 
 
-def _keep_for_ever(*groups: Any) -> None:
-    """Never lets go of groups with an open operation: that would wait for a peer that hangs, up to the timeout."""
+def _keep_for_ever(*groups_and_operations: Any) -> None:
+    """Never lets go of groups with an open operation: that would wait for a peer that hangs, up to the timeout.
+
+    Nor of the operation. It ends when the peer does, and gloo's thread would then free its tensors: a thread that asks
+    for Python's lock while Python is ending takes the process with it.
+    """
     import ctypes
 
-    for group in groups:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    for each in groups_and_operations:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))

@@ -19,7 +19,7 @@ class Announcer:
     """
 
     def __init__(self, *, speaks: bool, metric: Metric | None = None) -> None:
-        """`metric` is called on the rank that speaks."""
+        """`metric` is called on every rank that has one: all know the same figures."""
         self.speaks = speaks
         self._metric = metric
         self._said: set[str] = set()
@@ -41,8 +41,8 @@ class Announcer:
             self.warn(message, *values)
 
     def measure(self, name: str, value: float) -> None:
-        """Hands a figure to the user's metrics."""
-        if self.speaks and self._metric is not None:
+        """Hands a figure that all ranks know to the user's metrics, whichever rank keeps them."""
+        if self._metric is not None:
             self._metric(name, value)
 
 

@@ -47,7 +47,7 @@ def open_session(
         local_rank: by default the environment's LOCAL_RANK, else the rank.
         events: marks on its compute stream; by default the host's time.
         exchange: by default over `torch.distributed`, or none for a job of one rank.
-        metric: called on rank 0 with what is measured.
+        metric: called with what is measured; all ranks know it, so any rank may hold the user's metrics.
 
     Returns:
         The session; where there is nothing to do, or no way to do it, one that does nothing.

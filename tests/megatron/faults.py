@@ -31,3 +31,9 @@ def second_training(followed: Any) -> None:
     parameters = torch.nn.Linear(1, 1)
     parameters.config = None  # type: ignore[assignment]
     assert not perseus_megatron.enable({"enabled": True}, parameters).is_followed
+
+
+def error_on_one_rank(followed: Any) -> None:
+    """The same on the last rank only: the others hear of it in its heartbeat."""
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        error_in_hook(followed)

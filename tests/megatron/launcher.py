@@ -8,6 +8,18 @@ from typing import Any
 from tests.deepspeed.launcher import Finished
 from tests.deepspeed.launcher import launch as launch_ranks
 
+# Wide tolerances: on a busy machine processes run late, and these tests are about what happens, not how well.
+QUICK: dict[str, Any] = {
+    "enabled": True,
+    "warmup_iterations": 1,
+    "baseline_iterations": 2,
+    "profile_clocks": 3,
+    "profile_iterations": 1,
+    "watch_iterations": 2,
+    "tolerance": 0.5,
+    "profile_cache": "off",
+}
+
 
 def launch(
     scenario: str, world_size: int, folder: Path, *, environment: dict[str, str] | None = None, **arguments: Any

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +23,7 @@ def main() -> None:
     cpu_megatron.install_for_training_loop()
     cpu_megatron.install()
     torch.set_num_threads(1)
+    keep_scalars_in_a_file()
     if "PERSEUS_SIMULATED_GPUS" in os.environ:
         occupy_when_training_starts()
     runpy.run_path(str(script), run_name="__main__")
@@ -39,6 +43,26 @@ def occupy_when_training_starts() -> None:
         return result
 
     training.setup_model_and_optimizer = set_up_and_occupy
+
+
+def keep_scalars_in_a_file() -> None:
+    """Megatron's TensorBoard writer appends to `scalars.jsonl` in its folder; the tests need no tensorboard."""
+
+    class SummaryWriter:
+        def __init__(self, log_dir: str, **_: Any) -> None:
+            self._file = Path(log_dir) / "scalars.jsonl"
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+
+        def add_scalar(self, name: str, value: Any, step: int) -> None:
+            with self._file.open("a") as file:
+                file.write(json.dumps([name, float(value), step]) + "\n")
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: None
+
+    tensorboard: Any = types.ModuleType("torch.utils.tensorboard")
+    tensorboard.SummaryWriter = SummaryWriter
+    sys.modules[tensorboard.__name__] = tensorboard
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ import time
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, rerun_state_machine
 from megatron.core.pipeline_parallel import schedules
 
 import perseus_megatron
 from demo.megatron_gpt import Sizes, Training
 from perseus_core.gpu.simulated import open_node
-from perseus_core.planning.schedule import Kind
 from perseus_megatron.simulated_work import occupy_simulated_gpus
 from tests.conftest import REPOSITORY
 from tests.megatron import cpu_megatron, faults
+from tests.recording_session import RecordingSession
 
 TEXT = REPOSITORY / "README.md"
 
@@ -33,36 +33,13 @@ def stop() -> None:
     torch.distributed.destroy_process_group()
 
 
-class RecordingSession:
-    """Stands in for a session: writes down what it is told."""
-
-    def __init__(self) -> None:
-        self.iterations: list[dict[str, Any]] = []
-        self.closed = False
-
-    def begin_iteration(self, num_microbatches: int, *, training: bool = True) -> None:
-        self.iterations.append({"microbatches": num_microbatches, "training": training, "order": [], "ended": False})
-
-    def begin_instruction(self, chunk: int, microbatch: int, kind: Kind) -> None:
-        self.iterations[-1]["order"].append([chunk, microbatch, kind.value])
-
-    def end_instruction(self) -> None:
-        self.iterations[-1]["order"][-1].append("ended")
-
-    def end_iteration(self) -> None:
-        self.iterations[-1]["ended"] = True
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def record() -> list[dict[str, Any]]:
     """Has every session that would be opened replaced by a recording one; returns what each was opened with."""
     from perseus_megatron import following, session_opening
 
     opened: list[dict[str, Any]] = []
 
-    def open_recording(settings: Any, layout: Any, *sizes: Any) -> RecordingSession:
+    def open_recording(settings: Any, layout: Any, *sizes: Any, metric: Any) -> RecordingSession:
         opened.append({"layout": layout, "sizes": sizes[1:], "session": RecordingSession()})
         return opened[-1]["session"]
 
@@ -96,13 +73,43 @@ def record_layouts() -> dict[str, Any]:
         parallel_state.destroy_model_parallel()
 
     run("pp4", Sizes(4), (6, 2, 9))
+    run("pp4 uneven", Sizes(4, layers_per_chunk=2, layers_at_ends=1), (5,))
     run("pp4 vpp2", Sizes(4, chunks=2), (4, 8))
     run("pp2 dp2", Sizes(2), (4, 6))
     run("pp2 dp2 vpp2", Sizes(2, chunks=2), (4, 6))
     run("pp2 tp2", Sizes(2, tensor_parallel=2), (3,))
+    run("pp2 cp2", Sizes(2, context_parallel=2), (3,))
     run("pp1", Sizes(1), (3, 1))
     stop()
     return recorded
+
+
+def record_reruns(microbatches: int) -> dict[str, Any]:
+    """Trains two steps; Megatron's rerun machine doubts the loss of the second, and so has it computed twice."""
+    start()
+    reference = Training(Sizes(2), TEXT)
+    losses_once = [reference.step(microbatches) for _ in range(2)]
+    parallel_state.destroy_model_parallel()
+
+    opened = record()
+    rerun_state_machine.initialize_rerun_state_machine(mode=rerun_state_machine.RerunMode.VALIDATE_RESULTS)
+    machine: Any = rerun_state_machine.get_rerun_state_machine()
+    training = Training(Sizes(2), TEXT)
+    training.data = [rerun_state_machine.RerunDataIterator(data) for data in training.data]
+    followed = perseus_megatron.enable({"enabled": True}, training.model)
+    losses = []
+    for _ in range(2):
+        with followed.step():
+            while machine.should_run_forward_backward(training.data):
+                loss = training.compute_gradients(microbatches)
+                doubt = {"rejection_func": lambda loss: True, "message": "loss", "fatal": False}
+                machine.validate_result(torch.tensor(loss), **doubt)
+            machine.should_checkpoint_and_exit()
+            training.optimizer.step()
+        losses.append(loss)
+    followed.close()
+    stop()
+    return {"iterations": opened[0]["session"].iterations, "losses": losses, "losses_once": losses_once}
 
 
 def train(
@@ -116,6 +123,7 @@ def train(
     at: int = 0,
     evaluate_every: int = 0,
     also_without: bool = False,
+    least_iterations: int = 0,
     planned_iterations: int = 0,
 ) -> dict[str, Any]:
     """Trains on simulated GPUs.
@@ -130,6 +138,7 @@ def train(
         at: iteration before which the fault happens.
         evaluate_every: iterations.
         also_without: trains the same afterwards without us.
+        least_iterations: how many at least.
         planned_iterations: how many under a plan are enough; 0 for all.
     """
 
@@ -145,8 +154,11 @@ def train(
     result: dict[str, Any] = {"rank": torch.distributed.get_rank()}
     training = Training(Sizes(**sizes), TEXT)
     hooks = occupy_simulated_gpus() if occupied else None
-    followed = perseus_megatron.enable(settings, training.model)
-    result |= {"losses": [], "energies_j": [], "times_s": [], "plans": [], "phases": []}
+    figures: list[list[Any]] = []
+    is_last = result["rank"] == torch.distributed.get_world_size() - 1
+    metric = (lambda name, value: figures.append([name, value])) if is_last else None
+    followed = perseus_megatron.enable(settings, training.model, metric=metric)
+    result |= {"losses": [], "energies_j": [], "times_s": [], "plans": [], "phases": [], "figures": figures}
     gpu = open_node().gpus[int(os.environ["LOCAL_RANK"])]
     last_s, last_j = time.monotonic(), gpu.true_energy_j()
     for iteration in range(iterations):
@@ -163,7 +175,8 @@ def train(
         session: Any = followed.session
         result["plans"].append(0 if session is None else session.status().plan)
         result["phases"].append("" if session is None else session.status().phase.value)
-        if planned_iterations and agreed(sum(plan > 0 for plan in result["plans"]) >= planned_iterations):
+        enough = iteration + 1 >= least_iterations and sum(plan > 0 for plan in result["plans"]) >= planned_iterations
+        if planned_iterations and agreed(enough):
             break
     plan = None if session is None else getattr(session, "_plans", {}).get(microbatches)
     result["stage"] = parallel_state.get_pipeline_model_parallel_rank()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ LAYOUTS = {
     "pp2 dp2": (2, 1),
     "pp2 dp2 vpp2": (2, 2),
     "pp2 tp2": (2, 1),
+    "pp2 cp2": (2, 1),
+    "pp4 uneven": (4, 1),
     "pp1": (1, 1),
 }
 
@@ -61,16 +64,26 @@ def test_number_of_microbatches_may_change(recorded: list[dict[str, Any]]) -> No
 
 
 def test_place_in_the_job(recorded: list[dict[str, Any]]) -> None:
-    """Pipeline ranks are stages, data-parallel ranks pipelines, and tensor-parallel ranks share both."""
+    """Pipeline ranks are stages, data-parallel ranks pipelines; tensor- and context-parallel ranks share both."""
     places = {
         layout: sorted((rank[layout]["stage"], rank[layout]["pipeline"]) for rank in recorded) for layout in LAYOUTS
     }
     assert places["pp4"] == [(0, 0), (1, 0), (2, 0), (3, 0)]
     assert places["pp2 dp2"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert places["pp2 tp2"] == [(0, 0), (0, 0), (1, 0), (1, 0)]
+    assert places["pp2 tp2"] == places["pp2 cp2"] == [(0, 0), (0, 0), (1, 0), (1, 0)]
     assert places["pp1"] == [(0, 0), (0, 1), (0, 2), (0, 3)]
 
 
 def test_closing_closes_the_session(recorded: list[dict[str, Any]]) -> None:
     """`close` ends the session, and the next training of the process is followed."""
     assert all(rank[layout]["closed"] for rank in recorded for layout in LAYOUTS)
+
+
+def test_iteration_that_is_run_again_is_an_iteration_of_its_own(tmp_path: Path) -> None:
+    """Megatron's rerun machine computes an iteration twice in one step; both are whole, and the loss is the same."""
+    order = one_f_one_b(2, 3)
+    for rank, result in enumerate(launch("record_reruns", 2, tmp_path, microbatches=3).results_of_all()):
+        expected = [[i.chunk, i.microbatch, i.kind.value, "ended"] for i in order.stages[rank]]
+        assert [iteration["order"] for iteration in result["iterations"]] == [expected] * 2
+        assert all(iteration["ended"] for iteration in result["iterations"])
+        assert result["losses"] == result["losses_once"]

@@ -6,11 +6,11 @@ from enum import Enum
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from megatron.core.pipeline_parallel import combined_1f1b, schedules
+from megatron.core.pipeline_parallel import schedules
 
 from perseus_core.runtime.adapter import Hooks
 from perseus_megatron.internals import differences, why_not
-from perseus_megatron.schedule_hooks import ScheduleHooks
+from perseus_megatron.schedule_hooks import ScheduleHooks, combined_1f1b
 
 
 class Scope(Enum):
@@ -26,11 +26,11 @@ def copy_of(module: ModuleType) -> ModuleType:
 
 def test_installed_megatron_is_as_expected() -> None:
     """Nothing differs, with hooks in place or without."""
-    assert differences(schedules, combined_1f1b) == []
+    assert differences(schedules, combined_1f1b()) == []
     hooks = Hooks()
-    ScheduleHooks(SimpleNamespace(**dict.fromkeys(_METHODS, print))).put(hooks, schedules, combined_1f1b)
+    ScheduleHooks(SimpleNamespace(**dict.fromkeys(_METHODS, print))).put(hooks, schedules, combined_1f1b())
     try:
-        assert differences(schedules, combined_1f1b) == []
+        assert differences(schedules, combined_1f1b()) == []
     finally:
         hooks.take_off()
 
@@ -63,7 +63,7 @@ def test_hooks_come_off() -> None:
     """Megatron's modules are as they were."""
     before = dict(vars(schedules))
     hooks = Hooks()
-    ScheduleHooks(SimpleNamespace(**dict.fromkeys(_METHODS, print))).put(hooks, schedules, combined_1f1b)
+    ScheduleHooks(SimpleNamespace(**dict.fromkeys(_METHODS, print))).put(hooks, schedules, combined_1f1b())
     assert schedules.forward_step is not before["forward_step"]
     hooks.take_off()
     assert dict(vars(schedules)) == before

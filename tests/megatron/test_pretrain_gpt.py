@@ -15,6 +15,7 @@ import pytest
 from perseus_core.gpu.simulated import SimulatedNode
 from tests.conftest import REPOSITORY
 from tests.megatron.gpus import environment, simulated_gpus
+from tests.megatron.launcher import QUICK
 
 CHECKOUT = os.environ.get("MEGATRON_LM_DIR", "")
 pytestmark = pytest.mark.skipif(
@@ -32,15 +33,6 @@ CPU = (
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-gelu-fusion "
     "--no-rope-fusion "
 )
-QUICK = {
-    "warmup_iterations": 1,
-    "baseline_iterations": 2,
-    "profile_clocks": 3,
-    "profile_iterations": 1,
-    "watch_iterations": 2,
-    "tolerance": 0.5,
-    "profile_cache": "off",
-}
 ITERATIONS = 60
 
 
@@ -65,7 +57,11 @@ def pretrain(node: SimulatedNode, folder: Path, world_size: int, flags: str) -> 
             ranks.append(
                 subprocess.Popen(command, cwd=REPOSITORY, env=of_rank, stdout=output, stderr=subprocess.STDOUT)
             )
-    statuses = [rank.wait(300) for rank in ranks]
+    try:
+        statuses = [rank.wait(300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     printed = "\n".join(path.read_text() for path in sorted(folder.glob("*.txt")))
     assert not any(statuses), printed[-5000:]
     return printed
@@ -84,18 +80,24 @@ def losses(printed: str) -> list[str]:
     ],
 )
 def test_flag_plans_and_changes_no_loss(tmp_path: Path, world_size: int, layout: str) -> None:
-    """A plan is applied, every loss of training and evaluation is as without the flag, and no clock stays locked."""
+    """A plan is applied, every loss of training and evaluation is as without the flag, and no clock stays locked.
+
+    Megatron's own TensorBoard writer, on the last rank, gets what was measured under the plan.
+    """
     config = tmp_path / "perseus.json"
     config.write_text(json.dumps(QUICK))
     flags = f"{layout} --train-iters {ITERATIONS} "
     chunks = 2 if "virtual" in layout else 1
     with simulated_gpus(chunks=chunks, time_scale=0.03) as node:
         without = pretrain(node, tmp_path / "without", world_size, flags)
-        within = pretrain(node, tmp_path / "with", world_size, f"{flags} --perseus --perseus-config {config}")
+        flags += f"--perseus --perseus-config {config} --tensorboard-dir {tmp_path}"
+        within = pretrain(node, tmp_path / "with", world_size, flags)
         assert not any(gpu.state().locked_mhz for gpu in node.gpus)
     assert len(losses(within)) > ITERATIONS
     assert losses(within) == losses(without)
     assert within.count("plan applied from iteration") >= 1
+    scalars = [json.loads(line) for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
+    assert {name for name, _, step in scalars if step > 0} >= {"lm loss", "perseus/iteration_time_s", "perseus/saving"}
 
 
 def test_resumed_job_goes_on_with_its_plan(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from perseus_core.runtime.profiler import Sweep, SweepSettings
 from perseus_core.runtime.sampler import EnergySampler
 from perseus_core.runtime.stage_measurements import StageMeasurements
 
-_LIMIT_S = 600
+_LIMIT_S = 150
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def _execute(
     is_forward = instruction.kind is Kind.FORWARD
     source, target = (before, after) if is_forward else (after, before)
     if source is not None:
+        assert source.poll(_LIMIT_S), "the neighbour has stopped"
         source.recv()
     begin_s = time.monotonic()
     executed = emulator.work(instruction.kind)

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ class PipelineJob:
         settings: the user's block; empty for a job without us.
         iterations: how many at most.
         iterations_under_plan: stop when a plan has run for so many; 0 for never.
+        plan_to_reach: the first plan that counts for that.
         num_stages, data_parallel: ranks are stages x data_parallel.
         num_microbatches: of an iteration.
         tail_s: time outside the pipeline.
@@ -57,6 +59,7 @@ class PipelineJob:
     swap_order_at: int = -1
     close_at: int = -1
     iterations_under_plan: int = 0
+    plan_to_reach: int = 1
 
 
 def run(job: PipelineJob, timeout_s: float = 300) -> list[dict[str, Any] | None]:
@@ -68,7 +71,10 @@ def run(job: PipelineJob, timeout_s: float = 300) -> list[dict[str, Any] | None]
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(f"{out / 'job.json'}\n")
     server.stdin.flush()
+    patience = threading.Timer(timeout_s, server.kill)
+    patience.start()
     pid = int(server.stdout.readline())
+    patience.cancel()
     end_s = time.monotonic() + timeout_s
     while not (out / "statuses.json").exists() and time.monotonic() < end_s:
         time.sleep(0.02)
@@ -223,7 +229,7 @@ def _train(rank: int, job: PipelineJob) -> None:
     under_plan, last = 0, job.iterations
     for iteration in range(job.iterations):
         if job.iterations_under_plan:
-            under_plan += session.status().plan > 0
+            under_plan += session.status().plan >= job.plan_to_reach
             if rank == 0 and under_plan == job.iterations_under_plan:
                 store.set("last", str(iteration + 3))  # no rank is further ahead
             if store.check(["last"]):

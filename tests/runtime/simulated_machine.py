@@ -67,7 +67,7 @@ def locked_range(node: simulated.SimulatedNode, index: int = 0) -> list[int]:
     return node.gpus[index].state().locked_mhz
 
 
-def wait_until(condition: Callable[[], Any], *, limit_s: float = 20.0) -> Any:
+def wait_until(condition: Callable[[], Any], *, limit_s: float = 60.0) -> Any:
     """Waits for something that other threads or processes do, and returns what it gave."""
     deadline_s = time.monotonic() + limit_s
     while not (result := condition()):

@@ -44,7 +44,7 @@ def test_the_clock_is_given_back_when_training_ends(node: SimulatedNode, ending:
     """And the exit status is what it would have been."""
     with training(ending) as process:
         assert first_line(process) == "locked"
-        assert process.wait(20) == status
+        assert process.wait(60) == status
         wait_until(lambda: locked_range(node) == [])
         wait_until(lambda: watchdogs_of(process.pid) == [])
 
@@ -65,7 +65,7 @@ def test_the_clock_is_given_back_when_training_is_killed(
         assert first_line(process) == "locked"
         assert locked_range(node) == [500, 500]
         process.send_signal(number)
-        assert process.wait(20) == status
+        assert process.wait(60) == status
         wait_until(lambda: locked_range(node) == [])
         wait_until(lambda: watchdogs_of(process.pid) == [])
 
@@ -76,7 +76,7 @@ def test_a_program_that_is_killed_inside_a_long_call_ends_as_it_would_without_us
     with training(f"print('calling', flush=True)\n{inside_a_long_call}") as process:
         assert [first_line(process), first_line(process)] == ["locked", "calling"]
         process.terminate()
-        assert process.wait(20) == -signal.SIGTERM
+        assert process.wait(60) == -signal.SIGTERM
         wait_until(lambda: locked_range(node) == [])
 
 
@@ -87,8 +87,8 @@ def test_earlier_signal_handlers_are_still_called(node: SimulatedNode) -> None:
         assert first_line(process) == "locked"
         process.terminate()
         assert first_line(process) == "checkpoint"
-        assert process.wait(20) == 5
-        assert locked_range(node) == []
+        assert process.wait(60) == 5
+        wait_until(lambda: locked_range(node) == [])
 
 
 def test_the_end_of_a_forked_child_leaves_the_parents_clock_alone(node: SimulatedNode) -> None:
@@ -126,8 +126,8 @@ sys.stdin.read()
         first_line(process)
         first_line(process)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait(20)
-        claim_clock(node.gpus[0].identity.uuid, patience_s=20).release()
+        process.wait(60)
+        claim_clock(node.gpus[0].identity.uuid, patience_s=60).release()
 
 
 def test_the_watchdog_is_nobodys_child(node: SimulatedNode) -> None:
@@ -140,8 +140,8 @@ except ChildProcessError:
 """
     with training(wait_for_all) as process:
         assert [first_line(process), first_line(process)] == ["locked", "no child"]
-        assert process.wait(20) == 0
-        assert locked_range(node) == []
+        assert process.wait(60) == 0
+        wait_until(lambda: locked_range(node) == [])
 
 
 def test_a_second_job_is_refused_the_clock_and_does_no_harm(node: SimulatedNode) -> None:
@@ -151,12 +151,13 @@ def test_a_second_job_is_refused_the_clock_and_does_no_harm(node: SimulatedNode)
         with training("") as second:
             refusal = first_line(second)
             assert f"belongs to process {first.pid}" in refusal
-            assert second.wait(20) == 0
+            assert second.wait(60) == 0
         owner = clock_owner(node.gpus[0].identity.uuid)
         assert owner is not None
         assert owner.pid == first.pid
         assert locked_range(node) == [500, 500]
         first.kill()
+        wait_until(lambda: clock_owner(node.gpus[0].identity.uuid) is None)
         with training("sys.stdin.read()") as third:
             assert first_line(third) == "locked"
             assert locked_range(node) == [500, 500]
@@ -174,18 +175,19 @@ def test_two_jobs_on_different_gpus_do_not_know_of_each_other(node: SimulatedNod
         wait_until(lambda: locked_range(node, 0) == [])
         assert locked_range(node, 1) == [600, 600]
         second.stop()
-        assert locked_range(node, 1) == []
+        wait_until(lambda: locked_range(node, 1) == [])
 
 
 def test_a_clock_that_nobody_could_give_back_is_reset_by_the_next_owner(node: SimulatedNode) -> None:
     """As when a container is killed at one stroke, watchdog and all."""
     with training("sys.stdin.read()") as process:
         assert first_line(process) == "locked"
-        (watchdog,) = watchdogs_of(process.pid)
-        os.kill(process.pid, signal.SIGSTOP)
-        os.kill(watchdog, signal.SIGKILL)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(20)
+        # Stopped first, so that none sees the other end, however long this process is kept from its next line.
+        watchdogs = watchdogs_of(process.pid)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (*watchdogs, process.pid):
+                os.kill(pid, number)
+        process.wait(60)
     assert locked_range(node) == [500, 500]
     left_by = wait_until(lambda: clock_left_behind(node.gpus[0].identity.uuid))
     assert left_by.pid == process.pid
