@@ -24,6 +24,7 @@ from perseus_core.gpu.errors import GpuError
 from perseus_core.runtime.events import Event
 from perseus_core.runtime.give_back import ClockGivenBack, GuardedClock
 from perseus_core.runtime.lookahead import Lookahead, PlannedClock
+from perseus_core.runtime.override import ClockOverridden, OverrideWatch
 from perseus_core.runtime.switch_latency import SwitchLatency
 
 __all__ = ["ClockController", "ClockControllerFailed", "PlannedClock"]
@@ -101,6 +102,7 @@ class ClockController:
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._lookahead = Lookahead()
         self._latency = SwitchLatency(switch_latency_s)
+        self._override_watch = OverrideWatch(device.uuid)
         self._clock = GuardedClock(device, self._give_up, hang_limit_s=hang_limit_s, call_limit_s=call_limit_s)
         self._in_force_mhz: int | None = None
         self._times_given_back = 0
@@ -190,9 +192,13 @@ class ClockController:
         try:
             while self._take_what_was_reached():
                 self._set_wanted_clock()
+                self._look_for_other_programs()
                 self._wait()
         except ClockGivenBack:
             pass  # by another thread, which has said why
+        except ClockOverridden as error:
+            self._clock.leave_to_others()
+            self._give_up(error)
         except GpuError as error:
             self._give_up(error)
         except Exception as error:
@@ -244,6 +250,13 @@ class ClockController:
         else:
             self._latency.lock(self._clock, wanted_mhz)
         self._in_force_mhz = wanted_mhz
+        self._override_watch.asked(wanted_mhz, time.monotonic())
+
+    def _look_for_other_programs(self) -> None:
+        if self._in_force_mhz is None or self._clock.times_given_back != self._times_given_back:
+            return
+        if self._override_watch.has_overridden(time.monotonic(), self._clock.sm_clock_mhz):
+            self._in_force_mhz = None  # and so asked for again
 
     def _wait(self) -> None:
         """Until the next change is due or the next event is reached, or nearly so."""

@@ -148,6 +148,10 @@ class GuardedClock:
             self._call(self._device.reset_clock)
             self._pulse.may_be_locked = False
 
+    def leave_to_others(self) -> None:
+        """Another program has set the clock: what there is to give back is not ours."""
+        self._pulse.may_be_locked = False
+
     def sm_clock_mhz(self) -> int:
         """The clock it runs at now."""
         return self._call(self._device.sm_clock_mhz)

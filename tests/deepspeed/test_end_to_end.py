@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import statistics
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from perseus_core.gpu.simulated import ExecutedInstruction, read_executed
 from tests.deepspeed.conftest import MakeNode, on
 from tests.deepspeed.launcher import launch
+from tests.planned_clocks import NO_POWER_CAP, late
 
 MICROBATCHES = 8
 ITERATIONS = 36
@@ -54,8 +54,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job(make_node: MakeNode, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    # With the real limit, noise lets the power cap take the highest clock down by a step now and then.
-    node = make_node(0.7, power_limit_w=500.0, max_power_limit_w=500.0)
+    node = make_node(0.7, **NO_POWER_CAP)
     folder = tmp_path_factory.mktemp("job")
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -92,19 +91,15 @@ def test_energy_is_saved_as_promised(job: Job) -> None:
 
 def test_instructions_run_at_their_planned_clocks(job: Job) -> None:
     """Each at its clock for 80 % of its time at least, for 95 % where its neighbours have the same clock."""
-    late = []
-    total = 0
-    for rank, executed in zip(job.ranks, job.executed, strict=True):
-        clocks = [clock for clock, _ in rank["planned"]]
-        alike = [a == b for a, b in pairwise(clocks)]
-        for iteration in job.settled:
-            for place, (clock_mhz, instruction) in enumerate(zip(clocks, executed[iteration], strict=True)):
-                neighbours_alike = all(alike[max(0, place - 1) : place + 1])
-                total += 1
-                if instruction.share_at(clock_mhz) < (0.95 if neighbours_alike else 0.8):
-                    late.append((iteration, place, rank["stage"], clock_mhz, instruction.clocks))
+    found = [
+        (iteration, rank["stage"], *each)
+        for rank, executed in zip(job.ranks, job.executed, strict=True)
+        for iteration in job.settled
+        for each in late(executed[iteration], [clock for clock, _ in rank["planned"]])
+    ]
+    total = len(job.ranks) * len(job.settled) * 2 * MICROBATCHES
     assert total > 100
-    assert len(late) <= 0.01 * total, late
+    assert len(found) <= 0.01 * total, found
 
 
 def test_figures_reach_deepspeeds_monitor(job: Job) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from perseus_core.gpu import simulated
-from perseus_core.gpu.simulated.execution_log import ExecutedInstruction, read_executed
+from perseus_core.gpu.simulated.execution_log import read_executed
 from perseus_core.gpu.simulated.faults import deny_permission
 from perseus_core.planning.schedule import one_f_one_b
 from tests.megatron.gpus import environment, simulated_gpus
 from tests.megatron.launcher import QUICK, Finished, launch
+from tests.planned_clocks import NO_POWER_CAP, late
 from tests.runtime.simulated_machine import wait_until
 
 
@@ -65,7 +66,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finished
     """PP2 with instructions of 50 to 100 ms and the real latency, long enough for some iterations under a plan."""
     folder = tmp_path_factory.mktemp("planned")
     settings = {**QUICK, "frontier_file": str(folder / "frontier.json"), "state_file": str(folder / "session.json")}
-    with simulated_gpus(time_scale=0.75, clock_latency_s=0.015, energy_counter_period_s=0.05) as node:
+    with simulated_gpus(time_scale=0.75, clock_latency_s=0.015, energy_counter_period_s=0.05, **NO_POWER_CAP) as node:
         finished = launch(
             "train",
             2,
@@ -83,28 +84,20 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finished
 def test_instructions_run_at_their_planned_clocks(
     planned: tuple[Finished, simulated.SimulatedNode, Path],
 ) -> None:
-    """From the second iteration under the plan on, as the simulated driver saw it."""
+    """Each for 80 % of its time at least, for 95 % where its neighbours have the same clock."""
     finished, node, _ = planned
+    found, total = [], 0
     for rank in finished.results_of_all():
         order = one_f_one_b(2, 4).stages[rank["stage"]]
         ran = [executed for executed in read_executed(node.folder) if executed.gpu == rank["rank"]]
         iterations = [ran[i : i + len(order)] for i in range(0, len(ran), len(order))]
         under_plan = [i for i, plan in enumerate(rank["plans"]) if plan and plan == rank["plans"][-1]][2:]
         assert len(under_plan) >= 2
-        clocks_mhz = rank["planned_mhz"]
-        shares = [
-            share_at(executed, clock_mhz)
-            for number in under_plan
-            for executed, clock_mhz in zip(iterations[number], clocks_mhz, strict=True)
-        ]
-        assert sum(share >= 0.8 for share in shares) >= 0.9 * len(shares)
+        found += [each for number in under_plan for each in late(iterations[number], rank["planned_mhz"])]
+        total += len(order) * len(under_plan)
         ran_microbatches = [executed.label["microbatch"] for executed in iterations[under_plan[0]]]
         assert ran_microbatches == [i.microbatch for i in order]
-
-
-def share_at(executed: ExecutedInstruction, clock_mhz: int) -> float:
-    """Share of its time at a clock; the power limit may hold the GPU one step below."""
-    return sum(executed.share_at(clock_mhz - below) for below in (0, 15))
+    assert len(found) <= 0.02 * total, found
 
 
 def test_clocks_are_given_back(planned: tuple[Finished, simulated.SimulatedNode, Path]) -> None:

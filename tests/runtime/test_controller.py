@@ -22,6 +22,7 @@ from perseus_core.gpu.simulated import (
 from perseus_core.runtime.controller import ClockController, PlannedClock
 from perseus_core.runtime.events import Event, HostEvents
 from perseus_core.runtime.give_back import ClockCallHung
+from perseus_core.runtime.override import ClockOverridden
 from tests.runtime.simulated_machine import device_of, duration_s, locked_range, simulated_machine, wait_until
 
 LOCK = "nvmlDeviceSetGpuLockedClocks"
@@ -212,6 +213,43 @@ def test_a_lost_gpu_is_kept_as_the_failure(
     assert isinstance(wait_until(lambda: controller.failure), GpuLost)
     run_iteration(controller, [PlannedClock(500, 0.05)], lambda _: None, 20)
     controller.stop()
+
+
+def test_a_clock_that_another_program_resets_is_locked_again(
+    node: SimulatedNode, make_controller: Callable[..., ClockController], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And that is said once; a lower clock may be the work of heat and is left alone."""
+    controller = make_controller()
+    controller.hold(700)
+    wait_until(lambda: controller.clock_in_force_mhz == 700)
+    for _ in range(2):
+        node.gpus[0].reset_clocks()
+        wait_until(lambda: locked_range(node) == [700, 700])
+    assert controller.failure is None
+    assert len([line for line in caplog.messages if "(1000 MHz instead of 700 MHz); it is locked again" in line]) == 1
+    faults.throttle(node.gpus[0], 500)
+    time.sleep(1.5)
+    assert controller.num_lock_calls == 3
+
+
+def test_a_clock_that_another_program_sets_again_and_again_is_left_to_it(
+    node: SimulatedNode, make_controller: Callable[..., ClockController]
+) -> None:
+    """One error with the remedy, and the other program's clock stays."""
+    controller = make_controller()
+    controller.hold(700)
+    wait_until(lambda: controller.clock_in_force_mhz == 700)
+
+    def is_given_up() -> bool:
+        if locked_range(node) != [900, 900]:
+            node.gpus[0].lock_clocks(900, 900)
+        return controller.failure is not None
+
+    wait_until(is_given_up)
+    assert isinstance(controller.failure, ClockOverridden)
+    assert "keep that program off" in str(controller.failure)
+    controller.stop()
+    assert locked_range(node) == [900, 900]
 
 
 def test_a_call_that_hangs_stops_neither_training_nor_its_end(

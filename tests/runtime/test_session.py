@@ -267,6 +267,13 @@ def test_a_killed_rank_leaves_no_clock_locked(restarted: Run) -> None:
     assert str(signal.SIGKILL.value) in statuses
 
 
+def test_no_clock_stays_locked_when_all_ranks_are_killed(restarted: Run) -> None:
+    """Each has a watchdog of its own."""
+    ran = restarted(40, faults=[{"rank": rank, "iteration": 12, "what": "kill"} for rank in range(4)])
+    assert ran.ranks == [None] * 4
+    assert ran.locked_gpus() == []
+
+
 def test_a_slower_pipeline_elsewhere_is_planned_for(restarted: Run) -> None:
     """T' is set from outside while the job runs, on any rank."""
     faults = [{"rank": 3, "iteration": 8, "what": "straggler", "value": 1.2}]
