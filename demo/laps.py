@@ -47,6 +47,7 @@ class Laps:
                 "loss": loss,
                 "phase": status.phase.value if status else "not followed",
                 "plan": status.plan if status else 0,
+                "promised_saving": status.promised_saving if status else 0.0,
             }
         )
         self._last_s, self._last_j = now_s, now_j
