@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.jobs import IdleSession, parse_arguments, print_runs, run_job
 
@@ -53,7 +53,7 @@ def hook_cost_us(passes: int = 200_000, repetitions: int = 7) -> float:
     from perseus_ds.engine_hooks import hook_engine
 
     class Engine:
-        _INSTRUCTION_MAP = {ForwardPass: lambda engine, buffer_id: None}  # noqa: RUF012
+        _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {ForwardPass: lambda engine, buffer_id: None}
 
         def _exec_schedule(self, pipe_schedule: Any) -> float:
             execute: Callable[..., None] = self._INSTRUCTION_MAP[ForwardPass]

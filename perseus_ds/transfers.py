@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from perseus_core.planning.schedule import Instruction, Kind, Schedule
-from perseus_core.planning.transfers import StageProgram, Transfer, Waits, waits
+from perseus_core.planning.schedule import Instruction, Kind, Schedule, Waits
+from perseus_core.planning.transfers import StageProgram, Transfer, waits
 from perseus_ds.instructions import KIND_OF, RECEIVED_FOR, SENT_FOR, TRANSFER_WHAT_IS_QUEUED, chunk_of
 
 

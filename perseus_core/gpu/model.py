@@ -203,6 +203,7 @@ class GpuModel:
         return low
 
 
+# Data sheets: NVIDIA A100 Tensor Core GPU (2021), NVIDIA H100 Tensor Core GPU (2023), NVIDIA A40 (2021).
 A100 = GpuModel(
     name="NVIDIA A100-SXM4-80GB",
     min_clock_mhz=210,

@@ -140,7 +140,6 @@ def _six_digits_down(value: float) -> float:
     return float(f"{math.floor(value * scale) / scale:.6g}")
 
 
-# Data sheets: NVIDIA A100 Tensor Core GPU (2021), NVIDIA H100 Tensor Core GPU (2023), NVIDIA A40 (2021).
 # Layers and hidden sizes: Brown et al. (2020), table 2.1, and the BLOOM paper (Le Scao et al. 2022), table 3.
 TRANSFORMERS = {
     transformer.name: transformer

@@ -60,6 +60,10 @@ class Instruction(NamedTuple):
         return InstructionType(self.stage, self.chunk, self.kind)
 
 
+Waits = tuple[tuple[Instruction, Instruction], ...]
+"""Pairs (before, after) of instructions of different stages: `after` begins when `before` has ended."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The order of instructions on every stage in one iteration.
@@ -82,7 +86,7 @@ class Schedule:
     num_chunks: int
     num_microbatches: int
     stages: tuple[tuple[Instruction, ...], ...]
-    waits: tuple[tuple[Instruction, Instruction], ...] = ()
+    waits: Waits = ()
     placement: Placement = Placement.LOOP
 
     def __post_init__(self) -> None:

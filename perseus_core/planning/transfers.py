@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from perseus_core.errors import InputError
-from perseus_core.planning.schedule import Instruction
+from perseus_core.planning.schedule import Instruction, Waits
 
 Transfer = Instruction
 """A transfer is named by the instruction that needs what it carries."""
@@ -58,10 +58,6 @@ class _Ready:
 
     ran: Instruction | None
     ended: tuple[Transfer, ...]
-
-
-Waits = tuple[tuple[Instruction, Instruction], ...]
-"""Pairs (before, after) of instructions of different stages: `after` begins when `before` has ended."""
 
 
 def waits(programs: Sequence[StageProgram]) -> Waits:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable
 
 from perseus_core.gpu.errors import GpuError, NotSupported
 from perseus_core.runtime.log import logger
 
 _LOOK_EVERY_S = 1.0
-# A change is in force well within this time; until then the clock before it may still be seen.
+# A change is in force well within this time; until then the clocks before it may still be seen.
 _SETTLED_S = 0.25
 _TOLERANCE = 0.02
-_MOST_OVERRIDES = 5
+_MOST_IN_A_ROW = 5
 
 
 class ClockOverridden(GpuError):  # noqa: N818 (named by what happened)
@@ -27,15 +29,15 @@ class OverrideWatch:
     def __init__(self, uuid: str) -> None:
         """Watches the GPU with this UUID."""
         self._uuid = uuid
-        self._asked_mhz: int | None = None
-        self._before_mhz: int | None = None
-        self._asked_at_s = 0.0
+        self._asked: deque[tuple[float, int | None]] = deque([(0.0, None)])
         self._next_look_s = 0.0
-        self._num_overrides = 0
+        self._num_in_a_row = 0
+        self._has_said_so = False
 
     def asked(self, clock_mhz: int | None, now_s: float) -> None:
         """A clock was asked for, or, with None, left to the driver."""
-        self._before_mhz, self._asked_mhz, self._asked_at_s = self._asked_mhz, clock_mhz, now_s
+        self._asked.append((now_s, clock_mhz))
+        self._forget_what_is_over(now_s)
 
     def has_overridden(self, now_s: float, sm_clock_mhz: Callable[[], int]) -> bool:
         """Whether somebody has set another clock since ours was asked for; says so the first time.
@@ -45,28 +47,34 @@ class OverrideWatch:
             sm_clock_mhz: reads the clock in force.
 
         Raises:
-            ClockOverridden: if that happens again and again.
+            ClockOverridden: if one look after the other finds another clock.
             GpuError: if the clock cannot be read.
         """
-        if self._asked_mhz is None or now_s < self._next_look_s:
+        if now_s < self._next_look_s:
+            return False
+        self._forget_what_is_over(now_s)
+        expected = [clock_mhz for _, clock_mhz in self._asked if clock_mhz is not None]
+        if len(expected) < len(self._asked):
             return False
         self._next_look_s = now_s + _LOOK_EVERY_S
-        highest_mhz = self._asked_mhz
-        if now_s - self._asked_at_s < _SETTLED_S:
-            if self._before_mhz is None:
-                return False
-            highest_mhz = max(highest_mhz, self._before_mhz)
         try:
             seen_mhz = sm_clock_mhz()
         except NotSupported:
-            self._next_look_s = float("inf")
+            self._next_look_s = math.inf
             return False
-        if seen_mhz <= highest_mhz * (1 + _TOLERANCE):
+        if seen_mhz <= max(expected) * (1 + _TOLERANCE):
+            self._num_in_a_row = 0
             return False
-        self._num_overrides += 1
-        what = f"the clock of {self._uuid} was set by another program ({seen_mhz} MHz instead of {self._asked_mhz} MHz)"
-        if self._num_overrides > _MOST_OVERRIDES:
+        self._num_in_a_row += 1
+        what = f"the clock of {self._uuid} was set by another program ({seen_mhz} MHz instead of {expected[-1]} MHz)"
+        if self._num_in_a_row > _MOST_IN_A_ROW:
             raise ClockOverridden(f"{what}, again and again; it is left alone; keep that program off the job's GPUs")
-        if self._num_overrides == 1:
+        if not self._has_said_so:
+            self._has_said_so = True
             logger.warning("%s; it is locked again", what)
         return True
+
+    def _forget_what_is_over(self, now_s: float) -> None:
+        """Keeps what may still be seen: all that was asked for lately, and the clock before."""
+        while len(self._asked) > 1 and self._asked[1][0] <= now_s - _SETTLED_S:
+            self._asked.popleft()

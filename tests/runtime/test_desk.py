@@ -14,8 +14,7 @@ from perseus_core.planning.frontier_file import load_frontier
 from perseus_core.planning.policy import max_slowdown, no_slowdown
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
-from perseus_core.planning.schedule import InstructionType, Kind, Placement, gpipe, interleaved, one_f_one_b
-from perseus_core.planning.transfers import Waits
+from perseus_core.planning.schedule import InstructionType, Kind, Placement, Waits, gpipe, interleaved, one_f_one_b
 from perseus_core.runtime.coordination import Baseline
 from perseus_core.runtime.correction import SeenDuration
 from perseus_core.runtime.desk import MeasuredJob, PlanningDesk
