@@ -20,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 VOCABULARY = 256
@@ -36,6 +37,8 @@ class Sizes:
         context_parallel: GPUs that share each sequence. Each attends to its own part of it only: attention over all
             parts is Transformer Engine's, which needs a GPU.
         layers_per_chunk: transformer layers.
+        expert_parallel: GPUs that share each layer's experts, two each; 1 for no experts. Their communication is then
+            overlapped, a forward and a backward run as one, which Megatron does in bfloat16 and on several chunks only.
         layers_at_ends: those of the first and of the last stage, which have the embedding and the head beside; 0 for as
             many as the others have.
         width, heads, sequence_length: of the model.
@@ -46,12 +49,18 @@ class Sizes:
     chunks: int = 1
     tensor_parallel: int = 1
     context_parallel: int = 1
+    expert_parallel: int = 1
     layers_per_chunk: int = 1
     layers_at_ends: int = 0
     width: int = 32
     heads: int = 2
     sequence_length: int = 32
     microbatch_size: int = 2
+
+    @property
+    def experts(self) -> int:
+        """Of each layer; 0 for an ordinary one."""
+        return 2 * self.expert_parallel if self.expert_parallel > 1 else 0
 
     @property
     def layers(self) -> int:
@@ -76,12 +85,15 @@ class Training:
             pipeline_model_parallel_size=sizes.stages,
             virtual_pipeline_model_parallel_size=sizes.chunks if sizes.chunks > 1 else None,
             context_parallel_size=sizes.context_parallel,
+            expert_model_parallel_size=sizes.expert_parallel,
         )
         torch.manual_seed(1234)
         model_parallel_cuda_manual_seed(1234)
         self.config = _config(sizes)
         self.model = [_chunk(self.config, sizes, chunk) for chunk in range(sizes.chunks)]
-        self.optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3), self.model)
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(optimizer="adam", lr=1e-3, bf16=self.config.bf16), self.model
+        )
         self._tokens = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
         # Every stage of a pipeline draws the same microbatches; only the first and the last use them.
         seed = parallel_state.get_data_parallel_rank()
@@ -131,6 +143,17 @@ class Training:
 
 
 def _config(sizes: Sizes) -> TransformerConfig:
+    experts: dict[str, Any] = {}
+    if sizes.experts:
+        experts = {
+            "num_moe_experts": sizes.experts,
+            "expert_model_parallel_size": sizes.expert_parallel,
+            "moe_token_dispatcher_type": "alltoall",
+            "overlap_moe_expert_parallel_comm": True,
+            "add_bias_linear": False,
+            "bf16": True,
+            "params_dtype": torch.bfloat16,
+        }
     return TransformerConfig(
         num_layers=sizes.layers,
         num_layers_in_first_pipeline_stage=sizes.layers_at_ends or None,
@@ -143,7 +166,7 @@ def _config(sizes: Sizes) -> TransformerConfig:
         tensor_model_parallel_size=sizes.tensor_parallel,
         pipeline_model_parallel_size=sizes.stages,
         virtual_pipeline_model_parallel_size=sizes.chunks if sizes.chunks > 1 else None,
-        pipeline_dtype=torch.float32,
+        pipeline_dtype=torch.bfloat16 if sizes.experts else torch.float32,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -151,6 +174,7 @@ def _config(sizes: Sizes) -> TransformerConfig:
         # As Megatron-LM's own arguments have it; without, an interleaved stage waits for both neighbours at once.
         overlap_p2p_comm=sizes.chunks > 1,
         batch_p2p_comm=False,
+        **experts,
     )
 
 
@@ -163,7 +187,7 @@ def _chunk(config: TransformerConfig, sizes: Sizes, chunk: int) -> Any:
     place: Any = {"ignore_virtual": False, **virtual}
     model = GPTModel(
         config,
-        transformer_layer_spec=get_gpt_layer_local_spec(),
+        transformer_layer_spec=get_gpt_layer_local_spec(num_experts=sizes.experts or None),
         vocab_size=VOCABULARY,
         max_sequence_length=sizes.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(**place),
@@ -171,16 +195,21 @@ def _chunk(config: TransformerConfig, sizes: Sizes, chunk: int) -> Any:
         share_embeddings_and_output_weights=False,
         **virtual,
     )
+    if config.bf16:
+        model = Float16Module(config, model)
     config.finalize_model_grads_func = finalize_model_grads
     return DistributedDataParallel(config, DistributedDataParallelConfig(overlap_grad_reduce=False), model)
 
 
-def _forward(data: Iterator[tuple[torch.Tensor, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward(
+    data: Iterator[tuple[torch.Tensor, torch.Tensor]], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
     tokens, labels = next(data)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     length = tokens.shape[1]
     mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
-    return model(tokens, positions, mask, labels=labels), partial(_loss)
+    run = model.build_schedule_plan if return_schedule_plan else model
+    return run(tokens, positions, mask, labels=labels), partial(_loss)
 
 
 def _loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--laps", type=Path, required=True, help="folder for what each iteration took")
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--chunks", type=int, default=1, help="model chunks of a stage; 2 and more interleave")
+    parser.add_argument("--expert-parallel", type=int, default=1, help="GPUs that share experts; needs several chunks")
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=90)
     arguments = parser.parse_args()
@@ -36,7 +37,9 @@ def main() -> None:
     torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
     if on_cpu:
         run_on_cpu()
-    training = Training(Sizes(arguments.stages, arguments.chunks), arguments.text)
+    training = Training(
+        Sizes(arguments.stages, arguments.chunks, expert_parallel=arguments.expert_parallel), arguments.text
+    )
     if "PERSEUS_SIMULATED_GPUS" in os.environ:
         from perseus_megatron.simulated_work import occupy_simulated_gpus
 

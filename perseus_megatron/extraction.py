@@ -40,9 +40,9 @@ def schedule_factory(config: Any, num_stages: int, num_chunks: int) -> Callable[
             order = interleaved(num_stages, num_microbatches, num_chunks, group)
             _check_table(order, group)
         if overlaps:
-            return _overlapped(order)
-        if getattr(config, "overlap_p2p_comm_warmup_flush", False):
-            return order  # every pass then waits for its own data only
+            order = _overlapped(order)
+        if num_stages == 1 or getattr(config, "overlap_p2p_comm_warmup_flush", False):
+            return order  # nothing is waited for but data
         programs = programs_of(order, overlaps_steady_state=getattr(config, "overlap_p2p_comm", False))
         return replace(order, waits=waits(programs))
 

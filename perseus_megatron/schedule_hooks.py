@@ -166,13 +166,27 @@ class ScheduleHooks:
                 microbatch = self._backwards_begun.get(backward_chunk, 0)
                 self._backwards_begun[backward_chunk] = microbatch + 1
                 kind = Kind.BACKWARD if forward_chunk is None else Kind.FORWARD_BACKWARD
-                begin_instruction(backward_chunk, microbatch, kind)
+                begin = functools.partial(begin_instruction, backward_chunk, microbatch, kind)
             elif forward_chunk is not None:
-                begin_instruction(forward_chunk, kwargs["current_microbatch"], Kind.FORWARD)
+                begin = functools.partial(begin_instruction, forward_chunk, kwargs["current_microbatch"], Kind.FORWARD)
             else:
                 return combined_step(*args, **kwargs)
+            wait = kwargs.get("pre_backward")
+            if wait is None:
+                begin()
+            else:
+                # Between warm-up and cool-down Megatron waits for its neighbours inside, last of all here.
+                kwargs["pre_backward"] = _both(wait, begin)
             result = combined_step(*args, **kwargs)
             end_instruction()
             return result
 
         return execute
+
+
+def _both(first: Callable[..., Any], second: Callable[[], None]) -> Callable[..., None]:
+    def execute(*args: Any, **kwargs: Any) -> None:
+        first(*args, **kwargs)
+        second()
+
+    return execute

@@ -14,7 +14,7 @@ def programs_of(schedule: Schedule, *, overlaps_steady_state: bool) -> list[Stag
     """What every stage does in one iteration of 1F1B or interleaved 1F1B.
 
     Args:
-        schedule: the order of instructions.
+        schedule: the order of instructions; interleaved, a forward and a backward may be one `forward_backward`.
         overlaps_steady_state: Megatron's `overlap_p2p_comm`, which only interleaved 1F1B heeds: between warm-up and
             cool-down a stage computes while it transfers.
     """
@@ -25,17 +25,24 @@ def programs_of(schedule: Schedule, *, overlaps_steady_state: bool) -> list[Stag
 
 
 class _Stage:
-    """One stage's passes in order, and the names of the transfers that bring what they need and take what they made."""
+    """One stage's passes in order, and the names of the transfers that bring what they need and take what they made.
+
+    Attributes:
+        forwards, backwards: the passes of each direction.
+        num_warm_up: forwards before the steady state, in which a forward and a backward take turns.
+        steady_state: its instructions, each with the passes it runs.
+    """
 
     def __init__(self, schedule: Schedule, stage: int) -> None:
-        order = schedule.stages[stage]
-        self.forwards = [i for i in order if i.kind is Kind.FORWARD]
-        self.backwards = [i for i in order if i.kind is Kind.BACKWARD]
-        self.num_warm_up = next(place for place, i in enumerate(order) if i.kind is Kind.BACKWARD)
-        if self.num_warm_up < len(self.forwards):
-            self.num_warm_up -= 1  # the last forward before the first backward belongs to the steady state
+        order = list(schedule.passes(stage))
+        passes = [a_pass for _, of_instruction in order for a_pass in of_instruction]
+        self.forwards = [i for i in passes if i.kind is Kind.FORWARD]
+        self.backwards = [i for i in passes if i.kind is Kind.BACKWARD]
+        self.num_warm_up = min(_num_warm_up(schedule, stage), len(self.forwards))
+        self.steady_state = order[self.num_warm_up : len(order) - self.num_warm_up]
         self.is_first, self.is_last = stage == 0, stage == schedule.num_stages - 1
         self._last_stage, self._last_chunk = schedule.num_stages - 1, schedule.num_chunks - 1
+        self._number = {i: n for direction in (self.forwards, self.backwards) for n, i in enumerate(direction)}
 
     @property
     def num_steady(self) -> int:
@@ -57,13 +64,14 @@ class _Stage:
             return i._replace(stage=i.stage - 1)
         return None if i.chunk == 0 else i._replace(stage=self._last_stage, chunk=i.chunk - 1)
 
-    def received_after(self, passes: list[Instruction], number: int) -> Transfer | None:
-        """What the stage begins to receive after its pass `number` of one direction.
+    def received_after(self, a_pass: Instruction) -> Transfer | None:
+        """What the stage begins to receive after a pass, for a later one of the same direction.
 
         Usually what its next pass needs. The stage at which a direction begins receives what the stage at the other end
         has made by then, whenever that is needed (`recv_tensor_from_previous_stage`).
         """
-        is_forward = passes is self.forwards
+        is_forward = a_pass.kind is Kind.FORWARD
+        passes, number = self.forwards if is_forward else self.backwards, self._number[a_pass]
         if not (self.is_first if is_forward else self.is_last):
             return self.brings(passes[number + 1]) if number + 1 < len(passes) else None
         if number < self._last_stage or number + 1 == len(passes):
@@ -71,6 +79,17 @@ class _Stage:
         made = passes[number - self._last_stage]
         chunk = made.chunk + 1 if is_forward else made.chunk - 1
         return made._replace(chunk=chunk) if 0 <= chunk <= self._last_chunk else None
+
+
+def _num_warm_up(schedule: Schedule, stage: int) -> int:
+    """As `get_pp_rank_microbatches` has it before it looks whether there are as many forwards."""
+    stages_after = schedule.num_stages - stage - 1
+    if schedule.num_chunks == 1:
+        return stages_after
+    forwards = (i for i in schedule.stages[stage] if i.kind is Kind.FORWARD)
+    group = next(number for number, i in enumerate(forwards) if i.chunk > 0)
+    is_fused = any(i.kind is Kind.FORWARD_BACKWARD for i in schedule.instructions)
+    return 2 * stages_after + (schedule.num_chunks - 1) * group + is_fused
 
 
 def _one_f_one_b(stage: _Stage) -> StageProgram:
@@ -106,7 +125,7 @@ def _interleaved(stage: _Stage, *, overlaps: bool) -> StageProgram:
         joins_first_gradient = number + 1 == warm_up and stage.num_steady and not overlaps
         program.exchange(
             stage.takes(forward),
-            stage.received_after(forwards, number),
+            stage.received_after(forward),
             first_gradient if joins_first_gradient else None,
         )
     if stage.num_steady == 0:
@@ -117,29 +136,24 @@ def _interleaved(stage: _Stage, *, overlaps: bool) -> StageProgram:
     else:
         _steady_state(stage, program)
         receiving_gradients = []
-    for number in range(stage.num_steady, len(backwards)):
-        backward = backwards[number]
+    for backward in backwards[stage.num_steady :]:
         if stage.brings(backward):
             program.wait(receiving_gradients[:1])
             del receiving_gradients[:1]
         program.run(backward)
-        program.exchange(stage.takes(backward), stage.received_after(backwards, number))
+        program.exchange(stage.takes(backward), stage.received_after(backward))
     return program
 
 
 def _steady_state(stage: _Stage, program: StageProgram) -> None:
     """A forward and a backward, then all four transfers at once."""
-    for number, backward in enumerate(stage.backwards[: stage.num_steady]):
-        in_all = stage.num_warm_up + number
-        forward = stage.forwards[in_all]
-        program.run(forward)
-        program.run(backward)
-        program.exchange(
-            stage.takes(forward),
-            stage.takes(backward),
-            stage.received_after(stage.forwards, in_all),
-            stage.received_after(stage.backwards, number),
-        )
+    ran: list[Instruction] = []
+    for instruction, passes in stage.steady_state:
+        program.run(instruction)
+        ran += passes
+        if ran[-1].kind is Kind.BACKWARD:
+            program.exchange(*map(stage.takes, ran), *map(stage.received_after, ran))
+            ran.clear()
 
 
 def _overlapped_steady_state(stage: _Stage, program: StageProgram) -> list[Transfer]:
@@ -147,15 +161,15 @@ def _overlapped_steady_state(stage: _Stage, program: StageProgram) -> list[Trans
     receiving: dict[Kind, list[Transfer]] = {Kind.FORWARD: [], Kind.BACKWARD: []}
     sending: dict[Kind, list[Transfer]] = {Kind.FORWARD: [], Kind.BACKWARD: []}
     receiving[Kind.BACKWARD] += program.begin(stage.brings(stage.backwards[0]))
-    for number in range(stage.num_steady):
-        for passes, place in ((stage.forwards, stage.num_warm_up + number), (stage.backwards, number)):
-            a_pass = passes[place]
+    for instruction, passes in stage.steady_state:
+        for a_pass in passes:
             if stage.brings(a_pass):
                 program.wait(receiving[a_pass.kind][:1])
                 del receiving[a_pass.kind][:1]
-            program.run(a_pass)
+        program.run(instruction)
+        for a_pass in passes:
             sent = program.begin(stage.takes(a_pass))
-            receiving[a_pass.kind] += program.begin(stage.received_after(passes, place))
+            receiving[a_pass.kind] += program.begin(stage.received_after(a_pass))
             program.wait(sending[a_pass.kind])
             sending[a_pass.kind] = sent
     return receiving[Kind.BACKWARD]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -21,6 +23,20 @@ PUBLISHED = REPOSITORY.parent / "shared" / "data" / "sosp24"
 OWN_PROFILE = REPOSITORY / "configs" / "profiles" / "gpt3-6.7b_a100_4stages.csv"
 
 BLOCKING_POWER_W = {"gpt3-175b+a100_sxm": 83.64, "bloom+a40": 70.38}
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """An adapter's tests are skipped where its framework is absent."""
+    adapter = module_path.parent.name
+    if adapter in ("deepspeed", "megatron") and importlib.util.find_spec(adapter) is None:
+        return _OfAbsentFramework.from_parent(parent, path=module_path)
+    return None
+
+
+class _OfAbsentFramework(pytest.Module):
+    def collect(self) -> NoReturn:
+        adapter = self.path.parent.name
+        pytest.skip(f"{adapter} is not installed; `pip install .[{adapter}]`", allow_module_level=True)
 
 
 @pytest.fixture(scope="session")

@@ -177,7 +177,12 @@ def fitted_latency_s(dag: Dag, durations_s: ArrayLike, iteration_time_s: float) 
 
 def data_dependencies(schedule: Schedule) -> Iterator[tuple[Instruction, Instruction]]:
     """Which instruction needs which: activations go down the chunks of the model, gradients come back up."""
-    runs = _instructions_of_passes(schedule)
+    runs = {
+        a_pass: instruction
+        for stage in range(schedule.num_stages)
+        for instruction, passes in schedule.passes(stage)
+        for a_pass in passes
+    }
     next_place = dict(pairwise(schedule.path))
     previous_place = {after: before for before, after in next_place.items()}
 
@@ -200,25 +205,3 @@ def data_dependencies(schedule: Schedule) -> Iterator[tuple[Instruction, Instruc
             before = runs.get(needed)
             if before is not None and before != after:
                 yield before, after
-
-
-def _instructions_of_passes(schedule: Schedule) -> dict[Instruction, Instruction]:
-    """The instruction that runs each pass: itself, or the `forward_backward` that holds it.
-
-    Such an instruction bears the name of its backward. A stage runs its forwards in the order of its backwards, with
-    the chunks counted from the other end, and those that run alone first: so the order says which forward it holds.
-    """
-    last_chunk = schedule.num_chunks - 1
-    runs: dict[Instruction, Instruction] = {}
-    for order in schedule.stages:
-        fused = [i for i in order if i.kind is Kind.FORWARD_BACKWARD]
-        runs.update((i, i) for i in order if i.kind is not Kind.FORWARD_BACKWARD)
-        runs.update((i._replace(kind=Kind.BACKWARD), i) for i in fused)
-        forwards = [
-            i._replace(chunk=last_chunk - i.chunk, kind=Kind.FORWARD)
-            for i in order
-            if i.kind in (Kind.BACKWARD, Kind.FORWARD_BACKWARD)
-        ]
-        num_alone = sum(i.kind is Kind.FORWARD for i in order)
-        runs.update(zip(forwards[num_alone:], fused, strict=False))
-    return runs

@@ -164,6 +164,24 @@ class Profile:
             )
         )
 
+    def with_fused_passes(self) -> Profile:
+        """The same with a `forward_backward` of every chunk, that of a GPU which gains nothing by running both at once.
+
+        It takes the time and energy of the chunk's forward and backward together; standard deviations are not known.
+        """
+        fused = [
+            Measurement(
+                backward.type._replace(kind=Kind.FORWARD_BACKWARD),
+                backward.clock_mhz,
+                forward.time_s + backward.time_s,
+                forward.energy_j + backward.energy_j,
+            )
+            for t in self.types
+            if t.kind is Kind.BACKWARD
+            for forward, backward in zip(self.of(t._replace(kind=Kind.FORWARD)), self.of(t), strict=True)
+        ]
+        return Profile((*self.measurements, *fused))
+
     @classmethod
     def load(cls, path: str | Path) -> Profile:
         """Reads a profile CSV: `stage,instruction,frequency,time,energy` [+ `chunk,samples,time_std,energy_std`].

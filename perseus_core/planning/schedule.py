@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import NamedTuple
 
 from perseus_core.errors import InputError
@@ -121,6 +122,27 @@ class Schedule:
     def instructions(self) -> tuple[Instruction, ...]:
         """All instructions, stage after stage, each stage in its order."""
         return tuple(i for order in self.stages for i in order)
+
+    def passes(self, stage: int) -> Iterator[tuple[Instruction, tuple[Instruction, ...]]]:
+        """Each instruction of a stage in order, with the passes it runs: itself, or the two of a `forward_backward`.
+
+        A `forward_backward` bears the name of its backward. A stage runs its forwards in the order of its backwards,
+        with the chunks counted from the other end, and those that run alone first: so the order says which forward a
+        `forward_backward` holds.
+        """
+        order = self.stages[stage]
+        num_alone = sum(i.kind is Kind.FORWARD for i in order)
+        forwards = (
+            i._replace(chunk=self.num_chunks - 1 - i.chunk, kind=Kind.FORWARD)
+            for i in order
+            if i.kind in (Kind.BACKWARD, Kind.FORWARD_BACKWARD)
+        )
+        fused_forwards = islice(forwards, num_alone, None)
+        for i in order:
+            if i.kind is Kind.FORWARD_BACKWARD:
+                yield i, (*islice(fused_forwards, 1), i._replace(kind=Kind.BACKWARD))
+            else:
+                yield i, (i,)
 
     @property
     def path(self) -> tuple[tuple[int, int], ...]:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import pytest
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; `pip install .[deepspeed]`")
-
 from perseus_core.gpu.simulated import Description, SimulatedNode, create_node
 from perseus_core.gpu.simulated.command import environment_for
 from tests.conftest import REPOSITORY

@@ -108,7 +108,21 @@ def install() -> None:
 
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    _install_for_experts()
     _CudaMeansCpu().__enter__()
+
+
+def _install_for_experts() -> None:
+    """What layers of experts need."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # Megatron asks for it though there is no Transformer Engine
+    # Sizes of what is sent are on the CPU already, but their type is converted on the way there only.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
+    torch.Tensor.record_stream = _do_nothing
 
 
 def install_for_training_loop() -> None:

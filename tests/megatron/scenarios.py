@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import schedules
 import perseus_megatron
 from demo.megatron_gpt import Sizes, Training
 from perseus_core.gpu.simulated import open_node
+from perseus_megatron.schedule_hooks import combined_1f1b
 from perseus_megatron.simulated_work import occupy_simulated_gpus
 from tests.conftest import REPOSITORY
 from tests.megatron import cpu_megatron, faults
@@ -80,6 +81,8 @@ def record_layouts() -> dict[str, Any]:
     run("pp2 tp2", Sizes(2, tensor_parallel=2), (3,))
     run("pp2 cp2", Sizes(2, context_parallel=2), (3,))
     run("pp1", Sizes(1), (3, 1))
+    if combined_1f1b() is not None:
+        run("pp2 vpp2 ep2", Sizes(2, chunks=2, expert_parallel=2), (4, 6))
     stop()
     return recorded
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +12,12 @@ from perseus_core.errors import InputError
 from perseus_core.planning.plan import make_plan
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
-from perseus_core.planning.schedule import InstructionType, Kind, interleaved
+from perseus_core.planning.schedule import Kind, interleaved
 from perseus_core.planning.solver import solve
 from perseus_core.runtime.adapter import Hooks
 from perseus_megatron.extraction import schedule_factory
 from perseus_megatron.schedule_hooks import ScheduleHooks, combined_1f1b
+from tests.megatron.launcher import skip_unless_megatron_overlaps_experts
 from tests.planning.framework_orders import megatron_order
 from tests.planning.fused import fused_with_expert_overlap
 
@@ -57,9 +56,8 @@ def test_another_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_overlapped_experts_are_fused_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's own loop for overlapped expert communication runs the extracted order, as the hooks tell it."""
+    skip_unless_megatron_overlaps_experts()
     combined: Any = combined_1f1b()
-    if combined is None:
-        pytest.skip("this megatron-core does not overlap expert-parallel communication; 0.14 and newer do")
     heard: list[tuple[int, int, Kind]] = []
     listener = SimpleNamespace(
         begin_iteration=lambda *_, **__: None,
@@ -101,22 +99,9 @@ def test_fused_instructions_are_planned(own_profile: Profile) -> None:
     """The order extracted for overlapped experts is the planner's, and a plan for it saves energy at the same speed."""
     schedule = schedule_factory(config(overlap_moe_expert_parallel_comm=True), 4, 2)(8)
     assert schedule.stages == fused_with_expert_overlap(interleaved(4, 8, 2))[0].stages
-
-    of_chunks = own_profile.divided_into_chunks(2)
-    fused = [
-        replace(
-            backward,
-            type=backward.type._replace(kind=Kind.FORWARD_BACKWARD),
-            time_s=forward.time_s + backward.time_s,
-            energy_j=forward.energy_j + backward.energy_j,
-        )
-        for stage, chunk in product(range(4), range(2))
-        for forward, backward in zip(
-            *(of_chunks.of(InstructionType(stage, chunk, kind)) for kind in (Kind.FORWARD, Kind.BACKWARD)), strict=True
-        )
-    ]
     runs = {i.type for i in schedule.instructions}
-    profile = Profile(tuple(m for m in (*of_chunks.measurements, *fused) if m.type in runs))
+    fused = own_profile.divided_into_chunks(2).with_fused_passes()
+    profile = Profile(tuple(m for m in fused.measurements if m.type in runs))
     plan = make_plan(solve(PipelineProblem.of(profile, schedule, 83.5)))
     assert plan.slowdown <= 0
     assert plan.saving > 0.05

@@ -14,15 +14,22 @@ from perseus_core.gpu.simulated.execution_log import read_executed
 from perseus_core.gpu.simulated.faults import deny_permission
 from perseus_core.planning.schedule import one_f_one_b
 from tests.megatron.gpus import environment, simulated_gpus
-from tests.megatron.launcher import QUICK, Finished, launch
+from tests.megatron.launcher import QUICK, Finished, launch, skip_unless_megatron_overlaps_experts
 from tests.planned_clocks import NO_POWER_CAP, late
 from tests.runtime.simulated_machine import wait_until
 
 
-@pytest.fixture(params=["pp4", "pp4 vpp2", "pp2 dp2"], scope="module")
+@pytest.fixture(params=["pp4", "pp4 vpp2", "pp2 dp2", "pp2 vpp2 ep2"], scope="module")
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The same training without and with a session, to the plan and beyond; evaluated in between."""
-    sizes = {"pp4": {"stages": 4}, "pp4 vpp2": {"stages": 4, "chunks": 2}, "pp2 dp2": {"stages": 2}}[request.param]
+    if "ep" in request.param:
+        skip_unless_megatron_overlaps_experts()
+    sizes = {
+        "pp4": {"stages": 4},
+        "pp4 vpp2": {"stages": 4, "chunks": 2},
+        "pp2 dp2": {"stages": 2},
+        "pp2 vpp2 ep2": {"stages": 2, "chunks": 2, "expert_parallel": 2},
+    }[request.param]
     with simulated_gpus(chunks=sizes.get("chunks", 1), time_scale=0.05) as node:
         return launch(
             "train",

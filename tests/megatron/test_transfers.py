@@ -14,11 +14,13 @@ from perseus_core.planning.schedule import Instruction, Schedule, interleaved, o
 from perseus_core.planning.transfers import StageProgram, waits
 from perseus_megatron.transfers import programs_of
 from tests.megatron.gpus import environment, simulated_gpus
-from tests.megatron.launcher import launch
+from tests.megatron.launcher import launch, skip_unless_megatron_overlaps_experts
+from tests.planning.fused import fused_with_expert_overlap
 
 SCHEDULES = [
     *(one_f_one_b(*sizes) for sizes in ((1, 3), (4, 2), (4, 8), (3, 7))),
     *(interleaved(*sizes) for sizes in ((4, 4, 2), (4, 8, 2, 8), (4, 10, 2, 5), (2, 6, 3, 3), (3, 7, 2, 4))),
+    *(fused_with_expert_overlap(interleaved(*sizes))[0] for sizes in ((4, 4, 2), (2, 6, 3, 3), (3, 7, 2, 4))),
 ]
 
 
@@ -81,25 +83,38 @@ def test_waiting_lengthens_interleaved_iterations() -> None:
     assert times_s[0] < times_s[1] < times_s[2]
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_real_jobs_wait_so(chunks: int, tmp_path: Path) -> None:
+REAL_JOBS = {
+    "1f1b": ({"stages": 4}, one_f_one_b(4, 8)),
+    "interleaved": ({"stages": 4, "chunks": 2}, interleaved(4, 4, 2)),
+    "fused": (
+        {"stages": 2, "chunks": 2, "expert_parallel": 2},
+        fused_with_expert_overlap(interleaved(2, 4, 2))[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("job", REAL_JOBS)
+def test_real_jobs_wait_so(job: str, tmp_path: Path) -> None:
     """In no iteration of a real job does an instruction begin before what it is said to wait for has ended."""
-    num_microbatches = 8 // chunks
+    if job == "fused":
+        skip_unless_megatron_overlaps_experts()
+    sizes, schedule = REAL_JOBS[job]
+    stages, chunks = schedule.num_stages, schedule.num_chunks
     with simulated_gpus(chunks=chunks, time_scale=0.1) as node:
         launch(
             "train",
             4,
             tmp_path,
             environment=environment(node),
-            sizes={"stages": 4, "chunks": chunks},
-            microbatches=num_microbatches,
+            sizes=sizes,
+            microbatches=schedule.num_microbatches,
             iterations=12,
             settings={"enabled": False},
         ).results_of_all()
         executed = read_executed(node.folder)
-    schedule = interleaved(4, num_microbatches, chunks) if chunks > 1 else one_f_one_b(4, num_microbatches)
     found = waits(programs_of(schedule, overlaps_steady_state=True))
-    by_stage = [[e for e in executed if e.stage == stage] for stage in range(4)]
+    # GPUs that share experts are neighbours; the first of each stage tells.
+    by_stage = [[e for e in executed if e.gpu == stage * 4 // stages] for stage in range(stages)]
     for number in range(12):
         ran = {
             i: by_stage[stage][number * len(order) + place]

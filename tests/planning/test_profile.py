@@ -104,6 +104,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Profile.load(tmp_path / "nowhere.csv")
 
 
+def test_fused_passes_take_what_both_take(own_profile: Profile) -> None:
+    """A `forward_backward` of every stage has the time and energy of a forward and a backward at the same clock."""
+    fused = own_profile.with_fused_passes()
+    assert fused.kinds == {Kind.FORWARD, Kind.BACKWARD, Kind.FORWARD_BACKWARD}
+    for stage in range(own_profile.num_stages):
+        forward, backward, both = (fused.of(InstructionType(stage, 0, kind)) for kind in sorted(fused.kinds, key=len))
+        assert len(both) == len(forward)
+        for f, b, fb in zip(forward, backward, both, strict=True):
+            assert (fb.clock_mhz, fb.time_s, fb.energy_j) == (f.clock_mhz, f.time_s + b.time_s, f.energy_j + b.energy_j)
+
+
 def test_division_into_chunks_and_parts_keeps_the_sums(own_profile: Profile) -> None:
     """Chunks and backward parts add up to the whole."""
     divided = own_profile.divided_into_chunks(2).with_split_backward(0.4)
