@@ -19,7 +19,7 @@ from tests.conftest import REPOSITORY
 from tests.megatron import cpu_megatron, faults
 from tests.recording_session import RecordingSession
 
-TEXT = REPOSITORY / "README.md"
+TEXT = REPOSITORY / "LICENSE"
 
 
 def start() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -71,13 +72,22 @@ def losses(printed: str) -> list[str]:
     return re.findall(r"lm loss(?: value)?: (\S+)", printed)
 
 
+EXPERTS = (
+    "--num-experts 4 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --disable-bias-linear --bf16 "
+    "--overlap-moe-expert-parallel-comm --global-batch-size 8 "
+)
+
+
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
         (2, "--pipeline-model-parallel-size 2"),
+        (4, "--pipeline-model-parallel-size 4"),
         (4, "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1"),
         (4, "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2"),
+        (4, f"--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 {EXPERTS}"),
     ],
+    ids=["pp2", "pp4", "pp4 vpp2", "pp2 tp2", "pp2 vpp2 ep2"],
 )
 def test_flag_plans_and_changes_no_loss(tmp_path: Path, world_size: int, layout: str) -> None:
     """A plan is applied, every loss of training and evaluation is as without the flag, and no clock stays locked.
@@ -113,3 +123,18 @@ def test_resumed_job_goes_on_with_its_plan(tmp_path: Path) -> None:
         )
     assert "plan applied from iteration" in resumed
     assert "profiling clock" not in resumed
+
+
+def test_megatrons_energy_log_agrees(tmp_path: Path) -> None:
+    """Megatron's own `--log-energy`, which reads the counters for itself, is within 2 % of what we say of the job."""
+    config = tmp_path / "perseus.json"
+    config.write_text(json.dumps({"profile_cache": "off", "warmup_iterations": 5, "baseline_iterations": 30}))
+    flags = "--pipeline-model-parallel-size 2 --train-iters 45 --eval-interval 1000 --log-energy "
+    flags += f"--perseus --perseus-measure-only --perseus-config {config}"
+    with simulated_gpus(time_scale=0.25) as node:
+        printed = pretrain(node, tmp_path / "job", 2, flags)
+    (ours_j,) = re.findall(r"measuring only: \S+ s an iteration, (\S+) J", printed)
+    of_a_gpu_j = [float(energy) for energy in re.findall(r"energy per GPU \(J/iter/GPU\): (\S+)", printed)]
+    assert len(of_a_gpu_j) == 45
+    # We follow from the second iteration on.
+    assert float(ours_j) == pytest.approx(2 * statistics.fmean(of_a_gpu_j[6:36]), rel=0.02)
