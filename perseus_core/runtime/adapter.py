@@ -40,6 +40,9 @@ class FollowedSession(Protocol):
     def end_iteration(self) -> None:
         """The iteration has ended."""
 
+    def fail(self, error: Exception) -> None:
+        """Nothing more will be passed on: says so, here and to the other ranks, and gives the clock back."""
+
     def close(self) -> None:
         """Gives the clock back and leaves."""
 
@@ -161,7 +164,10 @@ class Follower:
         """Says once what went wrong, and lets the training go on without us."""
         if self._finished:
             return
-        step_aside(f"{type(error).__name__}: {error}", details=error)
+        if self.session is None:
+            step_aside(f"{type(error).__name__}: {error}", details=error)
+        else:
+            self.session.fail(error)
         self.finish()
 
 

@@ -23,6 +23,9 @@ class InertSession:
     def end_iteration(self) -> None:
         """Nothing."""
 
+    def fail(self, error: Exception) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """Nothing."""
 

@@ -91,6 +91,7 @@ class Session:
         self._told_slowdown = settings.straggler_slowdown
         self._last_verdict_s = 0.0
         self._num_rows_sent = 0
+        self._leaving_s = _LEAVING_S
         self._failed = self._deaf = self._closed = False
 
         self._meter.start()
@@ -152,6 +153,13 @@ class Session:
             self._fail(error)
             self._say_failed()
 
+    def fail(self, error: Exception) -> None:
+        """The adapter has failed and will pass nothing on any more: all ranks hear of it, and go on without us."""
+        self._fail(error)
+        self._say_failed()
+        # The others answer when their iteration ends. It will not end before this rank goes on.
+        self._leaving_s = 0.0
+
     def close(self) -> None:
         """Gives the clock back and leaves. Any number of times; takes some seconds at most, whatever hangs."""
         if self._closed:
@@ -160,7 +168,7 @@ class Session:
         try:
             atexit.unregister(self.close)
             self._release()
-            self._exchange.close(_LEAVING_S)
+            self._exchange.close(self._leaving_s)
             self._chronicle.end(self._plans.get(self._usual_microbatches))
         except Exception as error:
             logger.debug("leaving failed", exc_info=error)
@@ -189,14 +197,16 @@ class Session:
         """Takes in what the ranks told two iterations ago and does what follows from it."""
         if self._deaf:
             return
-        for rows in self._exchange.arrived_rows(number - 1, _ROW_PATIENCE_S):
+        for rows in self._exchange.arrived_rows(number - 1, 0.0 if self._is_silent else _ROW_PATIENCE_S):
             if self._failed:
                 continue
             beats = heartbeats(rows)
             self._obey(self._coordination.observe(beats), beats)
-        if number - self._coordination.observed > _MOST_ITERATIONS_BEHIND and not self._is_silent:
-            raise ExchangeError("the other ranks have not been heard of for many iterations")
-        if not self._failed:
+        if number - self._coordination.observed > _MOST_ITERATIONS_BEHIND:
+            if not self._is_silent:
+                raise ExchangeError("the other ranks have not been heard of for many iterations")
+            self._deaf = True  # after one of all ranks has failed there is nothing more to tell
+        elif not self._failed:
             self._take_parcels()
 
     def _obey(self, orders: Orders, beats: list[Heartbeat]) -> None:
