@@ -61,7 +61,7 @@ def run_job(
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         profile = _last_stages(description.profile, stages, output / "profile.csv")
-        Profile.load(profile).divided_into_chunks(chunks).with_fused_passes().save(profile)
+        Profile.load(profile).divided_into_chunks(chunks).save(profile)
         changed = dataclasses.replace(description, profile=profile, time_scale=time_scale, seed=seed)
         gpus, laps = output / "gpus", output / "laps"
         gpus.mkdir()

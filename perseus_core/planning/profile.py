@@ -165,20 +165,22 @@ class Profile:
         )
 
     def with_fused_passes(self) -> Profile:
-        """The same with a `forward_backward` of every chunk, that of a GPU which gains nothing by running both at once.
+        """The same with a `forward_backward` for every chunk that has none: an estimate until they are measured.
 
-        It takes the time and energy of the chunk's forward and backward together; standard deviations are not known.
+        It takes the time and energy of the chunk's forward and backward one after the other.
         """
         fused = [
             Measurement(
-                backward.type._replace(kind=Kind.FORWARD_BACKWARD),
+                fused_type,
                 backward.clock_mhz,
                 forward.time_s + backward.time_s,
                 forward.energy_j + backward.energy_j,
             )
             for t in self.types
-            if t.kind is Kind.BACKWARD
-            for forward, backward in zip(self.of(t._replace(kind=Kind.FORWARD)), self.of(t), strict=True)
+            if t.kind is Kind.BACKWARD and (fused_type := t._replace(kind=Kind.FORWARD_BACKWARD)) not in self._by_type
+            for backward in self.of(t)
+            for forward in self._by_type.get(t._replace(kind=Kind.FORWARD), ())
+            if forward.clock_mhz == backward.clock_mhz
         ]
         return Profile((*self.measurements, *fused))
 

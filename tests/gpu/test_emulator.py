@@ -39,6 +39,13 @@ def test_work_takes_what_the_profile_says_at_the_clock(node: SimulatedNode, cloc
     assert executed.end_s <= returned_s
 
 
+def test_fused_passes_take_what_both_take(node: SimulatedNode) -> None:
+    """A profile need not know of a `forward_backward`: it is a forward, and a backward of twice its length."""
+    executed = WorkEmulator(node, 0).work(Kind.FORWARD_BACKWARD)
+    assert executed.time_s == pytest.approx(FORWARD_S[1000] * 3)
+    assert executed.energy_j == pytest.approx(FORWARD_S[1000] * 3 * POWER_W[1000])
+
+
 def test_another_process_changes_the_clock_in_the_middle(
     make_node: Callable[..., SimulatedNode], start_python: Callable[..., subprocess.Popen[str]]
 ) -> None:

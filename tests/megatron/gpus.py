@@ -23,7 +23,7 @@ def simulated_gpus(*, chunks: int = 1, time_scale: float = 0.1, **changes: Any) 
     parent = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="perseus-test-megatron-", dir=parent))
     profile = Profile.load(OWN_PROFILE)
-    profile.divided_into_chunks(chunks).with_fused_passes().save(folder / "profile.csv")
+    profile.divided_into_chunks(chunks).save(folder / "profile.csv")
     description = dataclasses.replace(
         simulated.Description.load(REPOSITORY / "configs" / "gpus" / "a100.json"),
         **{

@@ -107,6 +107,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_fused_passes_take_what_both_take(own_profile: Profile) -> None:
     """A `forward_backward` of every stage has the time and energy of a forward and a backward at the same clock."""
     fused = own_profile.with_fused_passes()
+    assert fused.with_fused_passes() == fused
     assert fused.kinds == {Kind.FORWARD, Kind.BACKWARD, Kind.FORWARD_BACKWARD}
     for stage in range(own_profile.num_stages):
         forward, backward, both = (fused.of(InstructionType(stage, 0, kind)) for kind in sorted(fused.kinds, key=len))

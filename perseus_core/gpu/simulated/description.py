@@ -51,7 +51,8 @@ class Description:
         name: product name that NVML reports.
         num_gpus: how many there are, all alike.
         supported_clocks_mhz: SM clocks, highest first.
-        profile: path of the profile CSV (`perseus_core.planning.profile`) they follow.
+        profile: path of the profile CSV (`perseus_core.planning.profile`) they follow. A `forward_backward` that is not
+            in it takes what its two passes take.
         blocking_power_w: power while waiting.
         power_limit_w: power limit at the start; a clock whose power is above the limit in force is not held.
         min_power_limit_w: lowest limit that can be set.

@@ -196,7 +196,7 @@ class SimulatedNode:
         # Imported here so that programs which only live on the GPUs do not load the planner.
         from perseus_core.planning.profile import Profile
 
-        profile = Profile.load(description.profile)
+        profile = Profile.load(description.profile).with_fused_passes()
         clocks = description.supported_clocks_mhz
         for stage in description.stages:
             if stage >= profile.num_stages:
