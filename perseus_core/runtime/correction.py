@@ -15,61 +15,72 @@ _MIN_EXECUTIONS = 4
 
 
 @dataclass(frozen=True)
-class SeenDuration:
-    """How long one instruction type really took at one planned clock.
+class Stretch:
+    """How much longer than planned one instruction type really took at one planned clock.
 
     Attributes:
         type: stage, chunk and kind.
         clock_mhz: the clock that was planned.
-        time_s: median duration.
+        factor: median duration over the planned one.
         executions: how many.
         held_down: whether power or heat held the GPU's clock down meanwhile.
     """
 
     type: InstructionType
     clock_mhz: int
-    time_s: float
+    factor: float
     executions: int
     held_down: bool = False
 
 
-def corrected(profile: Profile, seen: Sequence[SeenDuration]) -> Profile:
-    """The profile with each type's times multiplied by seen over promised, interpolated between the clocks that ran.
+Stretches = Mapping[tuple[InstructionType, int], Stretch]
+"""By instruction type and planned clock."""
 
-    Beyond the highest and lowest clock that ran the factor stays the same. A GPU that is held down is another matter:
-    no clock is faster than the one it is held at, and those below are as they were. Energies follow their times along
-    the old curve: a GPU that is held at a lower clock takes the time and the energy of that clock.
+
+def usual_stretches(seen: Sequence[Stretch]) -> Stretches:
+    """What counts of all that was seen: of a stage's ranks the slowest, and nothing that ran a few times only."""
+    slowest: dict[tuple[InstructionType, int], Stretch] = {}
+    for stretch in seen:
+        known = slowest.get((stretch.type, stretch.clock_mhz))
+        if stretch.executions >= _MIN_EXECUTIONS and (known is None or stretch.factor > known.factor):
+            slowest[stretch.type, stretch.clock_mhz] = stretch
+    return slowest
+
+
+def corrected(profile: Profile, stretches: Stretches) -> Profile:
+    """The profile with each type's times and energies stretched, interpolated between the clocks that ran.
+
+    Beyond the highest and lowest clock that ran the factor stays the same. What takes longer at its clock draws the
+    power of that clock for longer. A GPU that is held down is another matter: the clocks above the one it is held at
+    take the time and the energy of that one, and those below are as they were.
 
     Args:
         profile: as it was believed.
-        seen: of any ranks; of several ranks of a stage the slowest counts.
+        stretches: of what ran.
     """
-    slowest: dict[InstructionType, dict[int, SeenDuration]] = {}
-    for s in seen:
-        if s.executions >= _MIN_EXECUTIONS:
-            of_type = slowest.setdefault(s.type, {})
-            if s.clock_mhz not in of_type or s.time_s > of_type[s.clock_mhz].time_s:
-                of_type[s.clock_mhz] = s
-    return Profile(tuple(m for t in profile.types for m in _corrected_type(profile.of(t), slowest.get(t, {}))))
+    of_types: dict[InstructionType, dict[int, Stretch]] = {}
+    for (instruction_type, clock_mhz), stretch in sorted(stretches.items()):
+        of_types.setdefault(instruction_type, {})[clock_mhz] = stretch
+    return Profile(tuple(m for t in profile.types for m in _corrected_type(profile.of(t), of_types.get(t, {}))))
 
 
-def _corrected_type(measurements: tuple[Measurement, ...], seen: Mapping[int, SeenDuration]) -> list[Measurement]:
-    promised_s = {m.clock_mhz: m.time_s for m in measurements}
-    factors = {clock: s.time_s / promised_s[clock] for clock, s in sorted(seen.items()) if clock in promised_s}
-    if not factors:
+def _corrected_type(measurements: tuple[Measurement, ...], stretches: Mapping[int, Stretch]) -> list[Measurement]:
+    if not stretches:
         return list(measurements)
-    clocks = np.array([m.clock_mhz for m in measurements])
-    factor = np.interp(clocks, list(factors), list(factors.values()))
     times_s = np.array([m.time_s for m in measurements])
     energies_j = np.array([m.energy_j for m in measurements])
-    new_times_s = times_s * factor
-    fastest = seen[max(factors)]
+    clocks_mhz = np.array([m.clock_mhz for m in measurements])
+    fastest = stretches[max(stretches)]
     if fastest.held_down:
-        new_times_s = np.maximum(times_s, fastest.time_s)
-    # Times rise from the highest clock down.
-    new_energies_j = np.interp(new_times_s, np.maximum.accumulate(times_s), energies_j)
-    beyond = new_times_s > times_s.max()
-    new_energies_j[beyond] = energies_j[-1] * new_times_s[beyond] / times_s[-1]
+        held_s = fastest.factor * np.interp(fastest.clock_mhz, clocks_mhz[::-1], times_s[::-1])
+        new_times_s = np.maximum(times_s, held_s)
+        # Times rise from the highest clock down.
+        new_energies_j = np.interp(new_times_s, np.maximum.accumulate(times_s), energies_j)
+        beyond = new_times_s > times_s.max()
+        new_energies_j[beyond] = energies_j[-1] * new_times_s[beyond] / times_s[-1]
+    else:
+        factor = np.interp(clocks_mhz, list(stretches), [stretch.factor for stretch in stretches.values()])
+        new_times_s, new_energies_j = times_s * factor, energies_j * factor
     return [
         replace(m, time_s=float(time_s), energy_j=float(energy_j))
         for m, time_s, energy_j in zip(measurements, new_times_s, new_energies_j, strict=True)

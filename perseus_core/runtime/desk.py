@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from perseus_core.errors import InputError
 from perseus_core.planning.baselines import all_max
 from perseus_core.planning.dag import fitted_latency_s
-from perseus_core.planning.execution import execute
+from perseus_core.planning.execution import Execution
 from perseus_core.planning.fitting import fit_profile
 from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.frontier_file import save_frontier
@@ -17,10 +17,10 @@ from perseus_core.planning.plan import make_plan
 from perseus_core.planning.policy import Policy, straggler
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
-from perseus_core.planning.schedule import Instruction, Placement, Schedule
+from perseus_core.planning.schedule import Instruction, InstructionType, Placement, Schedule
 from perseus_core.planning.solver import solve
 from perseus_core.runtime.coordination import Baseline
-from perseus_core.runtime.correction import SeenDuration, corrected
+from perseus_core.runtime.correction import Stretch, Stretches, corrected, usual_stretches
 from perseus_core.runtime.plan_message import PlanMessage
 from perseus_core.runtime.recorder import Step
 
@@ -89,7 +89,7 @@ class PlanningDesk:
         self._clocks_mhz = tuple(supported_clocks_mhz)
         self._switch_latency_s = switch_latency_s
         self._frontier_file = frontier_file
-        self._baseline_time_s = 0.0
+        self._baseline: Execution | None = None
         self._latency_s = 0.0
         self._outside_time_s = 0.0
         self._outside_energy_j = 0.0
@@ -117,23 +117,23 @@ class PlanningDesk:
         self._last_plan = replace(state.plan, number=1)
         self.num_plans = 1
 
-    def correct(self, seen: Sequence[SeenDuration], measured_time_s: float, *, speed_changed: bool) -> None:
+    def correct(self, seen: Sequence[Stretch], measured_time_s: float, *, speed_changed: bool) -> None:
         """Takes in what was seen under the plan.
 
         Args:
-            seen: durations of all ranks.
+            seen: how much longer than planned instructions took, on all ranks.
             measured_time_s: of an iteration.
             speed_changed: a GPU runs at another speed than before, so the job would be slower without us, too.
         """
         profile, plan = self._known_profile(), self._last_plan
         assert plan is not None, "only a plan that ran is corrected"
-        self.profile = corrected(profile, seen)
+        stretches = usual_stretches(seen)
+        self.profile = corrected(profile, stretches)
         problem = self._problem(plan.num_microbatches)
         if speed_changed:
-            self._baseline_time_s = all_max(problem).iteration_time_s
+            self._baseline = all_max(problem)
         else:
-            clocks = [planned.clock_mhz for stage in plan.stages for planned in stage.clocks]
-            explained_s = execute(problem, clocks).iteration_time_s
+            explained_s = problem.dag.iteration_time_s(_stretched(plan, stretches)) + problem.outside_time_s
             self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.promised_time_s))
 
     def forget_corrections(self) -> None:
@@ -155,7 +155,11 @@ class PlanningDesk:
         frontier = solve(problem)
         unlocked = all_max(problem)
         if problem.schedule.num_microbatches == usual:
-            unlocked = replace(unlocked, iteration_time_s=self._baseline_time_s)
+            assert self._baseline is not None, "it was calculated from the measurements"
+            # A plan that is corrected is compared with what the job was, and not with what it would be without us now.
+            unlocked = replace(
+                unlocked, iteration_time_s=self._baseline.iteration_time_s, energy_j=self._baseline.energy_j
+            )
         limit_s = self._target_s(frontier, unlocked.iteration_time_s)
         plan = make_plan(
             frontier,
@@ -179,10 +183,16 @@ class PlanningDesk:
         return message
 
     def _target_s(self, frontier: Frontier[PipelineProblem], baseline_time_s: float) -> float:
-        reachable_s = max(baseline_time_s, frontier.fastest_time_s)
-        target_s = self.policy(frontier, reachable_s)
+        def picked_by(policy: Policy) -> float:
+            try:
+                return policy(frontier, baseline_time_s)
+            except InputError:
+                # A job that has become slower may not reach its baseline any more.
+                return policy(frontier, max(baseline_time_s, frontier.fastest_time_s))
+
+        target_s = picked_by(self.policy)
         if self.straggler_slowdown > 1:
-            target_s = max(target_s, straggler(self.straggler_slowdown)(frontier, reachable_s))
+            target_s = max(target_s, picked_by(straggler(self.straggler_slowdown)))
         return target_s
 
     def _calibrate(self) -> None:
@@ -194,10 +204,10 @@ class PlanningDesk:
         self._latency_s = fitted_latency_s(problem.dag, all_max(problem).durations_s, self.job.pipeline_time_s)
         pipeline = all_max(self._problem(baseline.num_microbatches))
         self._outside_time_s = max(0.0, baseline.time_s - pipeline.iteration_time_s)
-        unlocked = all_max(self._problem(baseline.num_microbatches))
-        self._baseline_time_s = unlocked.iteration_time_s
         if baseline.energy_j:
+            unlocked = all_max(self._problem(baseline.num_microbatches))
             self._outside_energy_j = max(0.0, baseline.energy_j - unlocked.energy_j)
+        self._baseline = all_max(self._problem(baseline.num_microbatches))
 
     def _problem(self, num_microbatches: int) -> PipelineProblem:
         assert self.job is not None, "there are measurements"
@@ -232,3 +242,13 @@ class PlanningDesk:
     def _known_profile(self) -> Profile:
         assert self.profile is not None, "there are measurements"
         return self.profile
+
+
+def _stretched(plan: PlanMessage, stretches: Stretches) -> list[float]:
+    """How long each instruction of a plan really takes [s], stage after stage."""
+    durations_s = []
+    for stage, of_stage in enumerate(plan.stages):
+        for (chunk, _, kind), planned in zip(of_stage.steps, of_stage.clocks, strict=True):
+            stretch = stretches.get((InstructionType(stage, chunk, kind), planned.clock_mhz))
+            durations_s.append(planned.duration_s * (1.0 if stretch is None else stretch.factor))
+    return durations_s

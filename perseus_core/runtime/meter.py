@@ -11,7 +11,7 @@ import numpy as np
 
 from perseus_core.gpu.device import Device
 from perseus_core.planning.schedule import InstructionType, Kind
-from perseus_core.runtime.correction import SeenDuration
+from perseus_core.runtime.correction import Stretch
 from perseus_core.runtime.heartbeat import Heartbeat
 from perseus_core.runtime.profiler import Progress, Sweep, SweepSettings
 from perseus_core.runtime.recorder import MeasuredIteration, Recorder, Step
@@ -97,18 +97,21 @@ class Meter:
 
     # Under a plan
 
-    def seen(self, num_iterations: int) -> tuple[SeenDuration, ...]:
-        """Usual durations in the last iterations under the plan that runs, by planned clock."""
-        durations_s: dict[tuple[int, Kind, int], list[float]] = {}
+    def stretches(self, num_iterations: int) -> tuple[Stretch, ...]:
+        """How much longer than planned instructions took in the last iterations under the plan that runs."""
+        factors: dict[tuple[int, Kind, int], list[float]] = {}
         iterations = list(self._under_plan)[-num_iterations:]
         held_down = any(self._is_throttled(measured) for measured in iterations)
         for measured in iterations:
-            for span, clock_mhz in zip(measured.iteration.spans, measured.record.expectation.clocks_mhz, strict=True):
-                of_clock = durations_s.setdefault((span.type.chunk, span.type.kind, clock_mhz), [])
-                of_clock.append(span.end_s - span.begin_s)
+            expected = measured.record.expectation
+            for span, clock_mhz, planned_s in zip(
+                measured.iteration.spans, expected.clocks_mhz, expected.durations_s, strict=True
+            ):
+                of_clock = factors.setdefault((span.type.chunk, span.type.kind, clock_mhz), [])
+                of_clock.append((span.end_s - span.begin_s) / planned_s)
         return tuple(
-            SeenDuration(InstructionType(self._stage, chunk, kind), clock_mhz, median(times_s), len(times_s), held_down)
-            for (chunk, kind, clock_mhz), times_s in durations_s.items()
+            Stretch(InstructionType(self._stage, chunk, kind), clock_mhz, median(of_clock), len(of_clock), held_down)
+            for (chunk, kind, clock_mhz), of_clock in factors.items()
         )
 
     # At unlocked clocks

@@ -72,7 +72,7 @@ class PlanningOffice:
             elif reason is Reason.RECOVERED:
                 self._desk.forget_corrections()
             else:
-                seen = [s for part in parts for s in part.seen]
+                seen = [stretch for part in parts for stretch in part.stretches]
                 self._desk.correct(seen, measured_time_s, speed_changed=reason is Reason.SPEED_CHANGED)
 
         self._order(task)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from perseus_core.errors import InputError
 from perseus_core.planning.schedule import InstructionType, Kind
-from perseus_core.runtime.correction import SeenDuration
+from perseus_core.runtime.correction import Stretch
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.recorder import Step
 from perseus_core.runtime.stage_measurements import StageMeasurements
@@ -21,13 +21,13 @@ class Part:
 
     Attributes:
         measurements: of its sweep; without clocks if it made none.
-        seen: durations under the plan that runs.
+        stretches: how much longer than planned instructions took under the plan that runs.
         traced: what it executed, if that is not what its schedule says.
         pipeline_time_s: from its first instruction's begin to its last one's end in an iteration of the baseline.
     """
 
     measurements: StageMeasurements
-    seen: tuple[SeenDuration, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
     traced: tuple[Step, ...] = ()
     pipeline_time_s: float = 0.0
 
@@ -36,8 +36,9 @@ class Part:
         fields = {
             "stage": self.measurements.stage,
             "measurements": self.measurements.to_numbers(),
-            "seen": [
-                [s.type.chunk, s.type.kind.value, s.clock_mhz, s.time_s, s.executions, s.held_down] for s in self.seen
+            "stretches": [
+                [s.type.chunk, s.type.kind.value, s.clock_mhz, s.factor, s.executions, s.held_down]
+                for s in self.stretches
             ],
             "traced": [[chunk, microbatch, kind.value] for chunk, microbatch, kind in self.traced],
             "pipeline_time_s": self.pipeline_time_s,
@@ -52,8 +53,8 @@ class Part:
         return cls(
             StageMeasurements.from_numbers(stage, fields["measurements"]),
             tuple(
-                SeenDuration(InstructionType(stage, chunk, Kind(kind)), clock, time_s, executions, held_down)
-                for chunk, kind, clock, time_s, executions, held_down in fields["seen"]
+                Stretch(InstructionType(stage, chunk, Kind(kind)), clock, factor, executions, held_down)
+                for chunk, kind, clock, factor, executions, held_down in fields["stretches"]
             ),
             tuple((chunk, microbatch, Kind(kind)) for chunk, microbatch, kind in fields["traced"]),
             fields["pipeline_time_s"],

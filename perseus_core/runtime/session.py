@@ -369,8 +369,8 @@ class Session:
     def _make_part(self) -> bytes:
         reason = self._coordination.reason
         if reason is not Reason.PROFILED:
-            seen = self._meter.seen(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
-            return Part(self._meter.no_measurements(), seen).encode()
+            stretches = self._meter.stretches(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
+            return Part(self._meter.no_measurements(), stretches).encode()
         said = said_orders(self._job, self._usual_microbatches)
         follows = bool(said) and self._meter.traced == said[self._job.stage]
         return Part(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from megatron.core.pipeline_parallel import schedules
 import perseus_megatron
 from demo.megatron_gpt import Sizes, Training
 from perseus_core.gpu.simulated import open_node
+from perseus_megatron import activation, training_hooks
+from perseus_megatron.flags import settings_of
 from perseus_megatron.schedule_hooks import combined_1f1b
 from perseus_megatron.simulated_work import occupy_simulated_gpus
 from tests.conftest import REPOSITORY
@@ -194,6 +198,32 @@ def train(
         result["losses_without"] = losses_of(Training(Sizes(**sizes), TEXT), len(result["losses"]))
     stop()
     return result
+
+
+def run_argument_files(paths: list[str]) -> dict[str, Any]:
+    """Trains a few iterations under the flags of each file; returns what was made of them."""
+    start()
+    os.chdir(REPOSITORY)
+    training_hooks.hook_training = lambda settings: None  # there is no `megatron.training` to hook
+    seen: dict[str, Any] = {}
+    for path in paths:
+        parser = argparse.ArgumentParser()
+        activation.add_flags(parser)
+        settings = settings_of(parser.parse_args(Path(path).read_text().split()))
+        training = Training(Sizes(2), TEXT)
+        followed = perseus_megatron.enable(settings, training.model)
+        losses = [training.step(2) for _ in range(4)]
+        session: Any = followed.session
+        seen[path] = {
+            "losses": losses,
+            "phase": session.status().phase.value,
+            "max_slowdown": settings.max_slowdown,
+            "measure_only": settings.measure_only,
+        }
+        followed.close()
+        parallel_state.destroy_model_parallel()
+    stop()
+    return seen
 
 
 def train_without_gpus() -> dict[str, Any]:

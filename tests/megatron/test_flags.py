@@ -17,8 +17,6 @@ from perseus_megatron import activation
 from perseus_megatron.flags import settings_of, with_state_in_checkpoint
 from tests.conftest import REPOSITORY
 
-CONFIGS = REPOSITORY / "configs" / "megatron"
-
 
 @pytest.fixture
 def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
@@ -114,18 +112,6 @@ def test_switched_off_by_the_environment_the_flag_is_still_known(
     monkeypatch.setenv("PERSEUS_DISABLE", "1")
     monkeypatch.setattr("perseus_megatron.training_hooks.hook_training", pytest.fail)
     assert parser.parse_args(["--perseus"]).perseus
-
-
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.args")), ids=lambda file: file.stem)
-def test_ready_argument_files(parser: argparse.ArgumentParser, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file of `configs/megatron` is accepted as it is, from the repository's folder."""
-    monkeypatch.chdir(REPOSITORY)
-    assert settings_of(parser.parse_args(file.read_text().split())).enabled
-
-
-def test_there_are_ready_argument_files() -> None:
-    """For a first try, more saving, and measuring only."""
-    assert {file.stem for file in CONFIGS.glob("*.args")} >= {"first_try", "ten_percent_slower", "measure_only"}
 
 
 def test_state_is_kept_beside_the_checkpoints(parser: argparse.ArgumentParser, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind
-from perseus_core.runtime.correction import SeenDuration, corrected
+from perseus_core.runtime.correction import Stretch, corrected, usual_stretches
 
 FORWARD = InstructionType(2, 0, Kind.FORWARD)
 
@@ -18,12 +18,13 @@ def _energy_j(profile: Profile, clock_mhz: int) -> float:
 
 
 def test_times_follow_what_was_seen(own_profile: Profile) -> None:
-    """Also at clocks that did not run; other types stay as they are."""
+    """Also at clocks that did not run, at the power of before; other types stay as they are."""
     clocks = [m.clock_mhz for m in own_profile.of(FORWARD)]
     middle = clocks[len(clocks) // 2]
-    new = corrected(own_profile, [SeenDuration(FORWARD, middle, 1.02 * _time_s(own_profile, middle), 8)])
+    new = corrected(own_profile, usual_stretches([Stretch(FORWARD, middle, 1.02, 8)]))
     for clock in clocks:
         assert _time_s(new, clock) == pytest.approx(1.02 * _time_s(own_profile, clock))
+        assert _energy_j(new, clock) == pytest.approx(1.02 * _energy_j(own_profile, clock))
     other = FORWARD._replace(stage=1)
     assert new.of(other) == own_profile.of(other)
 
@@ -32,8 +33,8 @@ def test_a_gpu_held_down_by_heat_is_as_before_below_that_clock(own_profile: Prof
     """And takes the time and energy of the clock it is held at above it."""
     clocks = [m.clock_mhz for m in own_profile.of(FORWARD)]
     held = clocks[len(clocks) // 2]
-    seen = SeenDuration(FORWARD, clocks[0], _time_s(own_profile, held), 8, held_down=True)
-    new = corrected(own_profile, [seen])
+    factor = _time_s(own_profile, held) / _time_s(own_profile, clocks[0])
+    new = corrected(own_profile, usual_stretches([Stretch(FORWARD, clocks[0], factor, 8, held_down=True)]))
     assert _time_s(new, clocks[0]) == pytest.approx(_time_s(own_profile, held))
     assert _energy_j(new, clocks[0]) == pytest.approx(_energy_j(own_profile, held))
     assert new.of(FORWARD)[-1] == own_profile.of(FORWARD)[-1]
@@ -42,12 +43,11 @@ def test_a_gpu_held_down_by_heat_is_as_before_below_that_clock(own_profile: Prof
 def test_of_the_ranks_of_a_stage_the_slowest_counts(own_profile: Profile) -> None:
     """The pipeline waits for it."""
     clock = own_profile.of(FORWARD)[0].clock_mhz
-    time_s = _time_s(own_profile, clock)
-    new = corrected(own_profile, [SeenDuration(FORWARD, clock, time_s * f, 8) for f in (1.1, 1.3, 1.2)])
-    assert _time_s(new, clock) == pytest.approx(1.3 * time_s)
+    new = corrected(own_profile, usual_stretches([Stretch(FORWARD, clock, factor, 8) for factor in (1.1, 1.3, 1.2)]))
+    assert _time_s(new, clock) == pytest.approx(1.3 * _time_s(own_profile, clock))
 
 
 def test_few_executions_say_nothing(own_profile: Profile) -> None:
     """One interrupted instruction must not change the plan."""
     clock = own_profile.of(FORWARD)[0].clock_mhz
-    assert corrected(own_profile, [SeenDuration(FORWARD, clock, 9.0, 1)]) == own_profile
+    assert corrected(own_profile, usual_stretches([Stretch(FORWARD, clock, 9.0, 1)])) == own_profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind, Placement, Waits, gpipe, interleaved, one_f_one_b
 from perseus_core.runtime.coordination import Baseline
-from perseus_core.runtime.correction import SeenDuration
+from perseus_core.runtime.correction import Stretch
 from perseus_core.runtime.desk import MeasuredJob, PlanningDesk
 from perseus_core.runtime.plan_message import PlanMessage
 from perseus_core.runtime.profile_cache import ProfileKey
@@ -79,11 +80,7 @@ def test_another_number_of_microbatches_has_the_same_constants(own_profile: Prof
 def test_a_slower_instruction_is_planned_for(desk: PlanningDesk) -> None:
     """What stage 1 was seen to take becomes its profile."""
     before = desk.plan()
-    seen = [
-        SeenDuration(InstructionType(1, 0, kind), planned.clock_mhz, 1.04 * planned.duration_s, 8)
-        for (_, _, kind), planned in zip(before.stages[1].steps, before.stages[1].clocks, strict=True)
-    ]
-    desk.correct(seen, before.promised_time_s * 1.02, speed_changed=False)
+    desk.correct(stretched(before, 1.04, stages=(1,)), before.promised_time_s * 1.02, speed_changed=False)
     after = desk.plan()
     assert after.number == before.number + 1
 
@@ -93,6 +90,42 @@ def test_a_slower_instruction_is_planned_for(desk: PlanningDesk) -> None:
     assert mean_mhz(after) > mean_mhz(before)
     desk.forget_corrections()
     assert desk.plan().stages == before.stages
+
+
+def stretched(plan: PlanMessage, factor: float, *, stages: Sequence[int] = range(4)) -> list[Stretch]:
+    """What the ranks see when every instruction takes longer than planned."""
+    return [
+        Stretch(InstructionType(stage, 0, kind), planned.clock_mhz, factor, 8)
+        for stage in stages
+        for (_, _, kind), planned in zip(plan.stages[stage].steps, plan.stages[stage].clocks, strict=True)
+    ]
+
+
+def test_a_corrected_plan_is_compared_with_the_job_as_it_was(own_profile: Profile, desk: PlanningDesk) -> None:
+    """Under plans all instructions take 1 % longer, at the same power; the next plan promises what it really keeps."""
+    before = desk.plan()
+    pipeline_s = before.promised_time_s - OUTSIDE_S
+    desk.correct(stretched(before, 1.01), before.promised_time_s + 0.01 * pipeline_s, speed_changed=False)
+    after = desk.plan()
+    assert (after.baseline_time_s, after.baseline_energy_j) == (before.baseline_time_s, before.baseline_energy_j)
+    slower = Profile(
+        tuple(
+            dataclasses.replace(m, time_s=1.01 * m.time_s, energy_j=1.01 * m.energy_j) for m in own_profile.measurements
+        )
+    )
+    really = execute(truth(slower), [planned.clock_mhz for stage in after.stages for planned in stage.clocks])
+    assert after.promised_energy_j == pytest.approx(really.energy_j, rel=2e-3)
+    assert after.promised_time_s == pytest.approx(really.iteration_time_s, rel=2e-3)
+    assert after.saving < before.saving
+
+
+def test_time_that_instructions_explain_becomes_no_margin(desk: PlanningDesk) -> None:
+    """It is in the profile already, and taken off twice it would cost twice."""
+    desk.policy = max_slowdown(0.1)
+    before = desk.plan()
+    pipeline_s = before.promised_time_s - OUTSIDE_S
+    desk.correct(stretched(before, 1.02), before.promised_time_s + 0.02 * pipeline_s, speed_changed=False)
+    assert desk.plan().promised_time_s == pytest.approx(before.promised_time_s, rel=3e-3)
 
 
 def test_time_that_nothing_explains_becomes_a_margin(desk: PlanningDesk) -> None:
