@@ -93,6 +93,8 @@ class Chronicle:
                 say("baseline: %.4g s an iteration%s", baseline.time_s, self._in_joules(baseline.energy_j))
             elif coordination.phase is Phase.MEASURE_ONLY and self._settings.measure_only:
                 say("measuring only: %.4g s an iteration%s", baseline.time_s, self._in_joules(baseline.energy_j))
+            elif coordination.phase is Phase.MEASURE_ONLY and not orders.aside:
+                warn("without a plan iterations are faster: clocks are left to the driver from now on")
         slow = orders.slow_rank
         if slow is not None and slow.iteration >= self._slow_told.get(slow.rank, -_SAY_AGAIN_AFTER) + _SAY_AGAIN_AFTER:
             self._slow_told[slow.rank] = slow.iteration
@@ -115,6 +117,8 @@ class Chronicle:
                 say("planning anew for the speed that the GPUs have now")
             elif coordination.reason is Reason.RECOVERED:
                 say("planning anew: the GPU that was slow may have recovered")
+            elif coordination.reason is Reason.BASELINE_CHANGED and baseline is not None:
+                say("the job itself has become slower: %.4g s an iteration without a plan now", baseline.time_s)
 
     def _judge(self, orders: Orders, plan: PlanMessage | None) -> None:
         verdict, baseline = orders.verdict, self._coordination.baseline
@@ -132,19 +136,14 @@ class Chronicle:
                 self._announcer.measure("saving", 1 - energy_j / baseline.energy_j)
         if verdict.is_slow:
             allowed = plan.limit_time_s / baseline.time_s - 1
-            if self._coordination.phase is Phase.MEASURE_ONLY:
-                self._announcer.warn(
-                    "iterations still take %+.2f %% time (allowed %+.2f %%) after all corrections: clocks are left to "
-                    "the driver from now on",
-                    100 * slowdown,
-                    100 * allowed,
-                )
-            else:
-                self._announcer.say(
-                    "iterations take %+.2f %% time, allowed are %+.2f %%: correcting the plan by what was seen",
-                    100 * slowdown,
-                    100 * allowed,
-                )
+            self._announcer.say(
+                "iterations take %+.2f %% time, allowed are %+.2f %%: %s",
+                100 * slowdown,
+                100 * allowed,
+                "after all corrections, so the job is measured without a plan again"
+                if self._coordination.phase is Phase.RECHECK
+                else "correcting the plan by what was seen",
+            )
             return
         due = self._settings.log_interval and verdict.iterations[-1] - self._last_told >= self._settings.log_interval
         if self._num_verdicts_told == 0 or due:

@@ -30,6 +30,7 @@ class Phase(Enum):
     COLLECT = "collect"
     SOLVE = "solve"
     RUN = "run"
+    RECHECK = "recheck"
     MEASURE_ONLY = "measure only"
     STEPPED_ASIDE = "stepped aside"
 
@@ -41,6 +42,7 @@ class Reason(Enum):
     SLOWER = "slower than allowed"
     SPEED_CHANGED = "a GPU changed its speed"
     RECOVERED = "a GPU may be as fast as before"
+    BASELINE_CHANGED = "the job itself has become slower"
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Coordination:
     _speeds: SpeedWatch = field(init=False)
     _watch: PlanWatch | None = None
     _corrections: int = 0
+    _recheck_from: int = 0
     _others: dict[int, int] = field(default_factory=dict)
     _cool_iterations: int = 0
     _cool_patience: int = 10
@@ -229,7 +232,8 @@ class Coordination:
         self._energy_of[iteration] = sum(statistics.fmean(of_stage) for of_stage in by_stage.values())
         for old in [i for i in self._energy_of if i < iteration - 1000]:
             del self._energy_of[old]
-        if iteration in self._baseline_iterations and self.baseline is not None:
+        is_of_baseline = iteration in self._baseline_iterations and self.phase is not Phase.RECHECK
+        if is_of_baseline and self.baseline is not None:
             mean_j = self.iteration_energy_j(list(self._baseline_iterations))
             self.baseline = Baseline(self.baseline.num_microbatches, self.baseline.time_s, mean_j or 0.0)
 
@@ -246,6 +250,8 @@ class Coordination:
         self._cool_iterations = 0 if any(b.throttled for b in of_ranks) else self._cool_iterations + 1
         if self.phase is Phase.WARM_UP:
             self._note_baseline(iteration, num_microbatches, time_s)
+        elif self._is_recheck(iteration) and num_microbatches == self._baseline_microbatches:
+            self._baseline_iterations[iteration] = time_s
         if self._watch is None or iteration >= self._watch.from_iteration:
             speeds = [RankSpeed(b.seen_s, b.expected_s, bool(b.throttled)) for b in of_ranks]
             orders.slow_rank = orders.slow_rank or self._speeds.note(speeds, iteration)
@@ -292,6 +298,8 @@ class Coordination:
             self.phase = Phase.SOLVE
         elif self.phase is Phase.RUN:
             self._react(orders)
+        elif self.phase is Phase.RECHECK and len(self._baseline_iterations) >= self.limits.baseline_iterations:
+            self._end_recheck()
         if self.phase in (Phase.SOLVE, Phase.RUN):
             newest = int(beats[0].plan)
             if newest > self._distributed:
@@ -303,9 +311,7 @@ class Coordination:
                 self.phase = Phase.RUN
 
     def _end_warm_up(self, beats: Sequence[Heartbeat], orders: Orders) -> None:
-        time_s = statistics.median(self._baseline_iterations.values())
-        energy_j = self.iteration_energy_j(list(self._baseline_iterations))
-        self.baseline = Baseline(self._baseline_microbatches, time_s, energy_j or 0.0)
+        self.baseline = self._measured_baseline()
         if self.limits.measure_only:
             self.phase = Phase.MEASURE_ONLY
         elif unable := tuple(rank for rank, b in enumerate(beats) if not b.can_lock):
@@ -314,6 +320,33 @@ class Coordination:
             self._start_collection(Reason.PROFILED)
         else:
             self.phase = Phase.PROFILE
+
+    def _measured_baseline(self) -> Baseline:
+        time_s = statistics.median(self._baseline_iterations.values())
+        energy_j = self.iteration_energy_j(list(self._baseline_iterations))
+        return Baseline(self._baseline_microbatches, time_s, energy_j or 0.0)
+
+    def _start_recheck(self) -> None:
+        """Corrections have not helped. Whether the plan is to blame only an iteration without it can tell."""
+        assert self.baseline is not None, "a plan was compared with it"
+        self.phase = Phase.RECHECK
+        self._baseline_microbatches = self.baseline.num_microbatches
+        self._baseline_iterations.clear()
+        # One iteration more goes on with the plan, and in the one after that the clocks may still change.
+        self._recheck_from = self.observed + 2
+
+    def _is_recheck(self, iteration: int) -> bool:
+        return self.phase is Phase.RECHECK and iteration >= self._recheck_from
+
+    def _end_recheck(self) -> None:
+        found = self._measured_baseline()
+        assert self.baseline is not None, "there was one before"
+        if found.time_s > self.baseline.time_s * (1 + self.limits.tolerance):
+            self.baseline = found
+            self._corrections = 0
+            self._start_collection(Reason.BASELINE_CHANGED)
+        else:
+            self.step_back()
 
     def _start_collection(self, reason: Reason) -> None:
         self.collection += 1
@@ -335,6 +368,6 @@ class Coordination:
                 self._corrections += 1
                 self._start_collection(Reason.SLOWER)
             else:
-                self.step_back()
+                self._start_recheck()
         elif orders.verdict is not None and self._watch is not None and self._watch.num_verdicts % 10 == 0:
             self._corrections = 0

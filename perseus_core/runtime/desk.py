@@ -136,6 +136,17 @@ class PlanningDesk:
             explained_s = problem.dag.iteration_time_s(_stretched(plan, stretches)) + problem.outside_time_s
             self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.promised_time_s))
 
+    def take_baseline(self, baseline: Baseline, pipeline_time_s: float) -> None:
+        """The job without us is another than before.
+
+        Args:
+            baseline: what it is now.
+            pipeline_time_s: as in `MeasuredJob`.
+        """
+        assert self.job is not None, "there are measurements"
+        self.job = replace(self.job, baseline=baseline, pipeline_time_s=pipeline_time_s)
+        self._calibrate()
+
     def forget_corrections(self) -> None:
         """Back to what was measured in the first place."""
         assert self.job is not None, "there are measurements"

@@ -173,6 +173,7 @@ class Meter:
             # In the first iteration under a plan its clocks may come late.
             self._plan = expectation.plan
             self._under_plan.clear()
+            self._unlocked.clear()
         else:
             self._under_plan.append(measured)
 

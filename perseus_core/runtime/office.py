@@ -71,6 +71,8 @@ class PlanningOffice:
                 self._take_profile(parts, baseline)
             elif reason is Reason.RECOVERED:
                 self._desk.forget_corrections()
+            elif reason is Reason.BASELINE_CHANGED:
+                self._desk.take_baseline(baseline, max(part.pipeline_time_s for part in parts))
             else:
                 seen = [stretch for part in parts for stretch in part.stretches]
                 self._desk.correct(seen, measured_time_s, speed_changed=reason is Reason.SPEED_CHANGED)

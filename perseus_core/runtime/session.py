@@ -270,7 +270,8 @@ class Session:
     def _set_out(self, num_microbatches: int) -> Expectation:
         """Sees to the clocks of the iteration that begins, and says what is expected of it."""
         phase = self._coordination.phase
-        plan = self._plans.get(num_microbatches)
+        plans = {} if phase is Phase.RECHECK else self._plans
+        plan = plans.get(num_microbatches)
         self._order = None
         if plan is not None:
             stage = plan.stages[self._job.stage]
@@ -282,7 +283,7 @@ class Session:
             clock_mhz = self._meter.sweep_clock_mhz
             self._clocks.hold(clock_mhz)
             return Expectation(held_mhz=clock_mhz)
-        if self._plans:
+        if plans:
             self._chronicle.cannot_follow(num_microbatches)
         self._clocks.hold(None)
         return Expectation()
@@ -368,6 +369,9 @@ class Session:
 
     def _make_part(self) -> bytes:
         reason = self._coordination.reason
+        pipeline_time_s = self._meter.unlocked_pipeline_time_s(self._usual_microbatches)
+        if reason is Reason.BASELINE_CHANGED:
+            return Part(self._meter.no_measurements(), pipeline_time_s=pipeline_time_s).encode()
         if reason is not Reason.PROFILED:
             stretches = self._meter.stretches(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
             return Part(self._meter.no_measurements(), stretches).encode()
@@ -376,7 +380,7 @@ class Session:
         return Part(
             self._meter.measurements(),
             traced=() if follows else self._meter.traced,
-            pipeline_time_s=self._meter.unlocked_pipeline_time_s(self._usual_microbatches),
+            pipeline_time_s=pipeline_time_s,
         ).encode()
 
     @property

@@ -321,6 +321,8 @@ def _do_faults(job: PipelineJob, rank: int, iteration: int, node: Any, session: 
             session._meter.take_in = broken
         elif what == "straggler":
             session.set_straggler(value)
+        elif what == "tail":
+            job.tail_s = value
         elif what == "kill_watchdog":
             for pid in _watchdogs(os.getpid()):
                 os.kill(pid, signal.SIGKILL)

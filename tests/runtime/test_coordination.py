@@ -136,7 +136,36 @@ def test_a_plan_that_is_too_slow_is_corrected_a_few_times_and_then_dropped() -> 
         job.run_plan(number)
     for _ in range(4):
         job.beat(span_s=1.1)
+    assert job.coordination.phase is Phase.RECHECK
+    job.beat(span_s=1.1)  # still under the plan
+    job.beat(span_s=1.1)  # clocks change
+    for _ in range(2):
+        assert job.coordination.phase is Phase.RECHECK
+        job.beat(span_s=1.0)
     assert (job.coordination.phase, job.coordination.plan) == (Phase.MEASURE_ONLY, 0)
+
+
+def test_a_job_that_became_slower_by_itself_keeps_plans() -> None:
+    """What it is without a plan now is the baseline from then on, and the plans after it are judged by that."""
+    job = profiled_job()
+    for number in (2, 3):
+        for _ in range(4):
+            job.beat(span_s=1.1)
+        job.beat(part=number, part_bytes=7)
+        job.run_plan(number)
+    for _ in range(4 + 2):
+        job.beat(span_s=1.1)
+    for _ in range(2):
+        job.beat(span_s=1.09, energy_j=110.0)
+    assert (job.coordination.phase, job.coordination.reason) == (Phase.COLLECT, Reason.BASELINE_CHANGED)
+    baseline = job.coordination.baseline
+    assert baseline is not None
+    assert (baseline.num_microbatches, baseline.time_s, baseline.energy_j) == (8, 1.09, 220.0)
+    job.beat(part=4, part_bytes=7)
+    job.run_plan(4, limit_s=1.09)
+    for _ in range(20):
+        job.beat(span_s=1.09)
+    assert (job.coordination.phase, job.coordination.plan) == (Phase.RUN, 4)
 
 
 def test_a_plan_within_the_tolerance_is_left_alone() -> None:

@@ -12,7 +12,7 @@ from perseus_core.errors import InputError
 from perseus_core.planning.baselines import all_max
 from perseus_core.planning.execution import execute
 from perseus_core.planning.frontier_file import load_frontier
-from perseus_core.planning.policy import max_slowdown, no_slowdown
+from perseus_core.planning.policy import iteration_time, max_slowdown, no_slowdown
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind, Placement, Waits, gpipe, interleaved, one_f_one_b
@@ -117,6 +117,22 @@ def test_a_corrected_plan_is_compared_with_the_job_as_it_was(own_profile: Profil
     assert after.promised_energy_j == pytest.approx(really.energy_j, rel=2e-3)
     assert after.promised_time_s == pytest.approx(really.iteration_time_s, rel=2e-3)
     assert after.saving < before.saving
+
+
+def test_a_job_that_became_slower_by_itself_is_planned_as_it_is_now(own_profile: Profile, desk: PlanningDesk) -> None:
+    """Time that was added outside the pipeline costs no saving, and what was taken for lateness is forgotten."""
+    job = measured(own_profile)
+    allowed_s = 1.05 * job.baseline.time_s
+    desk.policy = iteration_time(allowed_s)
+    before = desk.plan()
+    desk.correct([], before.promised_time_s + 0.1, speed_changed=False)
+    assert desk.plan().saving < before.saving
+    desk.policy = iteration_time(allowed_s + 0.1)
+    slower = dataclasses.replace(job.baseline, time_s=job.baseline.time_s + 0.1)
+    desk.take_baseline(slower, job.pipeline_time_s)
+    after = desk.plan()
+    assert after.stages == before.stages
+    assert after.baseline_time_s == pytest.approx(slower.time_s)
 
 
 def test_time_that_instructions_explain_becomes_no_margin(desk: PlanningDesk) -> None:

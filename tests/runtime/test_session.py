@@ -274,6 +274,20 @@ def test_no_clock_stays_locked_when_all_ranks_are_killed(restarted: Run) -> None
     assert ran.locked_gpus() == []
 
 
+def test_a_job_that_becomes_slower_by_itself_keeps_its_plan(restarted: Run) -> None:
+    """Correcting does not help, so it is measured without a plan again; a plan for what it is now then runs on."""
+    faults = [{"rank": rank, "iteration": 8, "what": "tail", "value": 0.6} for rank in range(4)]
+    ran = restarted(150, faults=faults, plan_to_reach=5, iterations_under_plan=10)
+    lines = log_of(ran.job)
+    told = [next(i for i, line in enumerate(lines) if words in line) for words in ("measured without", "itself has")]
+    assert told == sorted(told)
+    status = ran.finished[0]["status"]
+    assert (status["phase"], status["plan"]) == ("run", 5)
+    assert status["promised_saving"] > 0.02
+    assert status["promised_slowdown"] <= 0.01
+    assert not any("left to the driver" in line for line in ran.warnings)
+
+
 def test_a_slower_pipeline_elsewhere_is_planned_for(restarted: Run) -> None:
     """T' is set from outside while the job runs, on any rank."""
     faults = [{"rank": 3, "iteration": 8, "what": "straggler", "value": 1.2}]
