@@ -48,11 +48,11 @@ def usual_stretches(seen: Sequence[Stretch]) -> Stretches:
 
 
 def corrected(profile: Profile, stretches: Stretches) -> Profile:
-    """The profile with each type's times and energies stretched, interpolated between the clocks that ran.
+    """The profile with each type's times stretched, interpolated between the clocks that ran.
 
-    Beyond the highest and lowest clock that ran the factor stays the same. What takes longer at its clock draws the
-    power of that clock for longer. A GPU that is held down is another matter: the clocks above the one it is held at
-    take the time and the energy of that one, and those below are as they were.
+    Beyond the highest and lowest clock that ran the factor stays the same. Energies stay as measured: nothing was seen
+    of them. A GPU that is held down is another matter: the clocks above the one it is held at take the time and the
+    energy of that one, and those below are as they were.
 
     Args:
         profile: as it was believed.
@@ -80,7 +80,7 @@ def _corrected_type(measurements: tuple[Measurement, ...], stretches: Mapping[in
         new_energies_j[beyond] = energies_j[-1] * new_times_s[beyond] / times_s[-1]
     else:
         factor = np.interp(clocks_mhz, list(stretches), [stretch.factor for stretch in stretches.values()])
-        new_times_s, new_energies_j = times_s * factor, energies_j * factor
+        new_times_s, new_energies_j = times_s * factor, energies_j
     return [
         replace(m, time_s=float(time_s), energy_j=float(energy_j))
         for m, time_s, energy_j in zip(measurements, new_times_s, new_energies_j, strict=True)

@@ -82,6 +82,7 @@ class PlanningDesk:
         """Knows nothing yet."""
         self.job: MeasuredJob | None = None
         self.profile: Profile | None = None
+        self._unhurried_profile: Profile | None = None  # without what was corrected because a plan was late
         self.policy = policy
         self.straggler_slowdown = straggler_slowdown
         self._schedule = schedule
@@ -102,7 +103,7 @@ class PlanningDesk:
         self.job = job
         if traced is not None:
             self._traced = self._schedule_of(traced, job.baseline.num_microbatches)
-        self.profile = fit_profile(job.profile, clocks_mhz=self._clocks_mhz)
+        self.profile = self._unhurried_profile = fit_profile(job.profile, clocks_mhz=self._clocks_mhz)
         self._calibrate()
 
     def state(self, plan: PlanMessage) -> DeskState:
@@ -112,7 +113,8 @@ class PlanningDesk:
 
     def restore(self, state: DeskState) -> None:
         """Goes on from a saved state; its plan becomes number 1."""
-        self.job, self.profile, self._traced = state.job, state.fitted, state.traced
+        self.job, self._traced = state.job, state.traced
+        self.profile = self._unhurried_profile = state.fitted
         self._calibrate()
         self._last_plan = replace(state.plan, number=1)
         self.num_plans = 1
@@ -128,16 +130,19 @@ class PlanningDesk:
         profile, plan = self._known_profile(), self._last_plan
         assert plan is not None, "only a plan that ran is corrected"
         stretches = usual_stretches(seen)
-        self.profile = corrected(profile, stretches)
-        problem = self._problem(plan.num_microbatches)
         if speed_changed:
-            self._baseline = all_max(problem)
+            self.profile = self._unhurried_profile = corrected(profile, stretches)
+            self._baseline = all_max(self._problem(plan.num_microbatches))
         else:
+            # What ran faster than planned is no reason to go slower, when all are late.
+            slower = {which: replace(each, factor=max(1.0, each.factor)) for which, each in stretches.items()}
+            self.profile = corrected(profile, slower)
+            problem = self._problem(plan.num_microbatches)
             explained_s = problem.dag.iteration_time_s(_stretched(plan, stretches)) + problem.outside_time_s
             self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.promised_time_s))
 
     def take_baseline(self, baseline: Baseline, pipeline_time_s: float) -> None:
-        """The job without us is another than before.
+        """The job without us is another than before, so a plan that was slower than allowed was not to blame.
 
         Args:
             baseline: what it is now.
@@ -145,12 +150,13 @@ class PlanningDesk:
         """
         assert self.job is not None, "there are measurements"
         self.job = replace(self.job, baseline=baseline, pipeline_time_s=pipeline_time_s)
+        self.profile = self._unhurried_profile
         self._calibrate()
 
     def forget_corrections(self) -> None:
         """Back to what was measured in the first place."""
         assert self.job is not None, "there are measurements"
-        self.profile = fit_profile(self.job.profile, clocks_mhz=self._clocks_mhz)
+        self.profile = self._unhurried_profile = fit_profile(self.job.profile, clocks_mhz=self._clocks_mhz)
         self._calibrate()
 
     def plan(self, num_microbatches: int | None = None) -> PlanMessage:
@@ -186,7 +192,11 @@ class PlanningDesk:
             plan,
             [[next(unlocked_s) for _ in order] for order in plan.stages],
             number=self.num_plans,
-            limit_time_s=max(limit_s, plan.iteration_time_s, unlocked.iteration_time_s * self.straggler_slowdown),
+            # Where corrections make even the fastest plan late, it is still judged by what was promised.
+            limit_time_s=max(
+                unlocked.iteration_time_s * self.straggler_slowdown,
+                limit_s if limit_s > frontier.fastest_time_s else 0.0,
+            ),
             solve_s=time.monotonic() - start_s,
         )
         if message.num_microbatches == usual:

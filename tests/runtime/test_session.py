@@ -7,7 +7,7 @@ import shutil
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +133,11 @@ def planned(run_job: Run, state_file: Path, tmp_path_factory: pytest.TempPathFac
 def restarted(run_job: Run, planned: Ran, state_file: Path, tmp_path: Path) -> Run:
     """Jobs that go on from the state of `planned`."""
 
-    def go_on(iterations: int, **options: Any) -> Ran:
+    def go_on(iterations: int, *, changed: Mapping[str, Any] | None = None, **options: Any) -> Ran:
         copy = tmp_path / "session.json"
         shutil.copy(state_file, copy)
-        return run_job(iterations, {**QUICK, "state_file": str(copy), "profile_cache": "off"}, **options)
+        settings = {**QUICK, "state_file": str(copy), "profile_cache": "off", **(changed or {})}
+        return run_job(iterations, settings, **options)
 
     return go_on
 
@@ -276,14 +277,15 @@ def test_no_clock_stays_locked_when_all_ranks_are_killed(restarted: Run) -> None
 
 def test_a_job_that_becomes_slower_by_itself_keeps_its_plan(restarted: Run) -> None:
     """Correcting does not help, so it is measured without a plan again; a plan for what it is now then runs on."""
-    faults = [{"rank": rank, "iteration": 8, "what": "tail", "value": 0.6} for rank in range(4)]
-    ran = restarted(150, faults=faults, plan_to_reach=5, iterations_under_plan=10)
+    faults = [{"rank": rank, "iteration": 6, "what": "tail", "value": 0.3} for rank in range(4)]
+    changed = {"watch_iterations": 2, "tolerance": 0.3}
+    ran = restarted(150, changed=changed, faults=faults, plan_to_reach=5, iterations_under_plan=6)
     lines = log_of(ran.job)
     told = [next(i for i, line in enumerate(lines) if words in line) for words in ("measured without", "itself has")]
     assert told == sorted(told)
     status = ran.finished[0]["status"]
     assert (status["phase"], status["plan"]) == ("run", 5)
-    assert status["promised_saving"] > 0.02
+    assert status["promised_saving"] > 0.05
     assert status["promised_slowdown"] <= 0.01
     assert not any("left to the driver" in line for line in ran.warnings)
 
