@@ -188,7 +188,10 @@ class Session:
     def status(self) -> SessionStatus:
         """Where the session stands."""
         return self._chronicle.status(
-            self._iteration, self._plans.get(self._usual_microbatches), self._meter.sweep_progress, failed=self._failed
+            self._iteration,
+            self._plans_in_force.get(self._usual_microbatches),
+            self._meter.sweep_progress,
+            failed=self._failed,
         )
 
     # An iteration's beginning
@@ -270,8 +273,7 @@ class Session:
     def _set_out(self, num_microbatches: int) -> Expectation:
         """Sees to the clocks of the iteration that begins, and says what is expected of it."""
         phase = self._coordination.phase
-        plans = {} if phase is Phase.RECHECK else self._plans
-        plan = plans.get(num_microbatches)
+        plan = self._plans_in_force.get(num_microbatches)
         self._order = None
         if plan is not None:
             stage = plan.stages[self._job.stage]
@@ -283,7 +285,7 @@ class Session:
             clock_mhz = self._meter.sweep_clock_mhz
             self._clocks.hold(clock_mhz)
             return Expectation(held_mhz=clock_mhz)
-        if plans:
+        if self._plans_in_force:
             self._chronicle.cannot_follow(num_microbatches)
         self._clocks.hold(None)
         return Expectation()
@@ -387,6 +389,11 @@ class Session:
     def _usual_microbatches(self) -> int:
         baseline = self._coordination.baseline
         return -1 if baseline is None else baseline.num_microbatches
+
+    @property
+    def _plans_in_force(self) -> dict[int, PlanMessage]:
+        """By number of microbatches."""
+        return {} if self._coordination.phase is Phase.RECHECK else self._plans
 
     # When something is wrong
 
