@@ -36,9 +36,9 @@ class Sizes:
         tensor_parallel: GPUs that share each layer.
         context_parallel: GPUs that share each sequence. Each attends to its own part of it only: attention over all
             parts is Transformer Engine's, which needs a GPU.
-        layers_per_chunk: transformer layers.
         expert_parallel: GPUs that share each layer's experts, two each; 1 for no experts. Their communication is then
             overlapped, a forward and a backward run as one, which Megatron does in bfloat16 and on several chunks only.
+        layers_per_chunk: transformer layers.
         layers_at_ends: those of the first and of the last stage, which have the embedding and the head beside; 0 for as
             many as the others have.
         width, heads, sequence_length: of the model.

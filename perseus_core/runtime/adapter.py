@@ -119,26 +119,26 @@ class Follower:
 
     def begin_instruction(self, chunk: int, microbatch: int, kind: Kind) -> None:
         """An instruction starts on this rank."""
-        if self._in_iteration:
+        if self._in_iteration and self.session is not None:
             try:
-                self.session.begin_instruction(chunk, microbatch, kind)  # type: ignore[union-attr]
+                self.session.begin_instruction(chunk, microbatch, kind)
             except Exception as error:
                 self.give_up(error)
 
     def end_instruction(self) -> None:
         """The instruction that started last has been given to the GPU in full."""
-        if self._in_iteration:
+        if self._in_iteration and self.session is not None:
             try:
-                self.session.end_instruction()  # type: ignore[union-attr]
+                self.session.end_instruction()
             except Exception as error:
                 self.give_up(error)
 
     def end_iteration(self) -> None:
         """The iteration has been given to the GPU in full, or has been left by an exception of the training's own."""
-        if self._in_iteration:
+        if self._in_iteration and self.session is not None:
             self._in_iteration = False
             try:
-                self.session.end_iteration()  # type: ignore[union-attr]
+                self.session.end_iteration()
             except Exception as error:
                 self.give_up(error)
 

@@ -216,6 +216,7 @@ def _list(name: str, value: object) -> tuple[Any, ...]:
 
 def _require_number(name: str, value: object, lowest: float, highest: float, *, integer: bool = False) -> None:
     is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not lowest <= value <= highest:  # type: ignore[arg-type, operator]
+    within = isinstance(value, (int, float)) and math.isfinite(value) and lowest <= value <= highest
+    if not (is_number and within):
         kind = "whole number" if integer else "number"
         raise InputError(f'"{name}" is {value!r}; it must be a {kind} from {lowest:g} to {highest:g}')
