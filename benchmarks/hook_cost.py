@@ -16,8 +16,9 @@ from pathlib import Path
 
 from benchmarks.common import print_table
 from perseus_core.gpu import simulated
-from perseus_core.runtime.controller import ClockController, PlannedClock
-from perseus_core.runtime.events import HostEvents
+from perseus_core.runtime.clock.controller import ClockController
+from perseus_core.runtime.clock.planned_clock import PlannedClock
+from perseus_core.runtime.measure.events import HostEvents
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_INSTRUCTIONS = 24

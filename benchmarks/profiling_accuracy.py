@@ -19,8 +19,8 @@ from rich.table import Table
 
 from perseus_core.gpu import simulated
 from perseus_core.gpu.simulated import Description, Noise, SimulatedNode, faults
-from perseus_core.runtime.profiler import SweepSettings
-from perseus_core.runtime.stage_measurements import ClockMeasurements, merge
+from perseus_core.runtime.measure.stage_measurements import ClockMeasurements, merge
+from perseus_core.runtime.measure.sweep import SweepSettings
 from tests.runtime.emulated_pipeline import PipelineRun, profile_pipeline
 
 TIME_TARGET, ENERGY_TARGET = 0.03, 0.05

@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from perseus_autoload import say_not_active
-
-BLOCK = "perseus"
+from perseus_ds.block import BLOCK
 
 
 def activate(engine_module: ModuleType) -> None:

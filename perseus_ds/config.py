@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
 from perseus_core.errors import InputError
 from perseus_core.runtime.settings import Settings
-from perseus_ds.activation import BLOCK
+from perseus_ds.block import BLOCK
 
 
 class _PerseusConfig(BaseModel):

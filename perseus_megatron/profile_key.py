@@ -16,7 +16,7 @@ from perseus_core import __version__
 from perseus_core.gpu.device import Device
 from perseus_core.planning.schedule import Schedule
 from perseus_core.runtime.adapter import name_and_power_limit_w
-from perseus_core.runtime.profile_cache import ProfileKey
+from perseus_core.runtime.measure.profile_cache import ProfileKey
 from perseus_megatron.layout import Layout
 
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each finding; exit code 1 if something is missing without which nothing can be saved."""
-    from perseus_core.runtime.doctor import Verdict, examine
+    from perseus_core.commands.examination import Verdict, examine
 
     findings = []
     for finding in examine():

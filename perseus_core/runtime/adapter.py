@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.simulated.activation import ENVIRONMENT_VARIABLE as SIMULATED_GPUS
 from perseus_core.planning.schedule import Kind
-from perseus_core.runtime.events import CudaEvents, EventSource, HostEvents
 from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.log import logger, show_log
+from perseus_core.runtime.measure.events import CudaEvents, EventSource, HostEvents
 
 if TYPE_CHECKING:
     import torch

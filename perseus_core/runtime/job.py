@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from perseus_core.planning.schedule import Schedule
-from perseus_core.runtime.profile_cache import ProfileKey
+from perseus_core.runtime.measure.profile_cache import ProfileKey
 
 
 @dataclass(frozen=True)

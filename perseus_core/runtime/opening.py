@@ -11,17 +11,17 @@ from perseus_core.gpu.device import Device
 from perseus_core.gpu.discovery import visible_devices
 from perseus_core.gpu.errors import GpuError
 from perseus_core.runtime.background import Background, within
-from perseus_core.runtime.desk import PlanningDesk
-from perseus_core.runtime.events import EventSource, HostEvents
-from perseus_core.runtime.exchange import Exchange, LocalExchange, TorchExchange
 from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, Metric, logger, show_log
-from perseus_core.runtime.office import PlanningOffice
-from perseus_core.runtime.profile_cache import ProfileCache
+from perseus_core.runtime.measure.events import EventSource, HostEvents
+from perseus_core.runtime.measure.profile_cache import ProfileCache
+from perseus_core.runtime.ranks.exchange import Exchange, LocalExchange, TorchExchange
+from perseus_core.runtime.replan.background_planner import BackgroundPlanner
+from perseus_core.runtime.replan.job_planner import JobPlanner
+from perseus_core.runtime.replan.state_file import load_state
 from perseus_core.runtime.session import Session
 from perseus_core.runtime.settings import Settings
-from perseus_core.runtime.state_file import load_state
 
 # A driver that does not answer within this time has hung.
 _DRIVER_PATIENCE_S = 20.0
@@ -100,18 +100,18 @@ def cache_folder(settings: Settings) -> Path | None:
     return Path(base) / "perseus"
 
 
-def _office(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], background: Background) -> PlanningOffice:
+def _office(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], background: Background) -> BackgroundPlanner:
     folder = cache_folder(settings)
     cache = None if folder is None else ProfileCache(folder)
     restored = load_state(settings.state_file, job.key) if settings.state_file else None
-    desk = PlanningDesk(
+    desk = JobPlanner(
         job.schedule,
         clocks_mhz,
         settings.pick,
         straggler_slowdown=settings.straggler_slowdown,
         frontier_file=settings.frontier_file,
     )
-    return PlanningOffice(
+    return BackgroundPlanner(
         job,
         desk,
         background,

@@ -12,21 +12,21 @@ from perseus_core.gpu.device import Device
 from perseus_core.planning.policy import Policy
 from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.background import Background
-from perseus_core.runtime.chronicle import Chronicle, SessionStatus
-from perseus_core.runtime.coordination import ActivePlan, Coordination, Limits, Orders, Phase, Reason
-from perseus_core.runtime.events import EventSource
-from perseus_core.runtime.exchange import Exchange, ExchangeError, Parcel
-from perseus_core.runtime.heartbeat import Heartbeat, Introduction, heartbeats, introductions
+from perseus_core.runtime.clock.stage_clocks import StageClocks
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, logger
-from perseus_core.runtime.meter import Meter
-from perseus_core.runtime.office import PlanningOffice
-from perseus_core.runtime.part import Part, said_orders
-from perseus_core.runtime.plan_message import PlanMessage, StagePlan
-from perseus_core.runtime.profiler import SweepSettings
-from perseus_core.runtime.recorder import Expectation, Record
+from perseus_core.runtime.measure.events import EventSource
+from perseus_core.runtime.measure.meter import Meter
+from perseus_core.runtime.measure.recorder import Expectation, Record
+from perseus_core.runtime.measure.sweep import SweepSettings
+from perseus_core.runtime.ranks.decisions import ActivePlan, Coordination, Limits, Orders, Phase, Reason
+from perseus_core.runtime.ranks.exchange import Exchange, ExchangeError, Parcel
+from perseus_core.runtime.ranks.heartbeat import Heartbeat, Introduction, heartbeats, introductions
+from perseus_core.runtime.replan.background_planner import BackgroundPlanner
+from perseus_core.runtime.replan.plan_message import PlanMessage, StagePlan
+from perseus_core.runtime.replan.rank_report import RankReport, said_orders
+from perseus_core.runtime.reporter import Reporter, SessionStatus
 from perseus_core.runtime.settings import Settings
-from perseus_core.runtime.stage_clocks import StageClocks
 
 # Rows of two iterations ago have arrived long since. Where one has not, a rank is late, and so will be what follows.
 _ROW_PATIENCE_S = 0.25
@@ -48,7 +48,7 @@ class Session:
         exchange: Exchange,
         *,
         announcer: Announcer,
-        office: PlanningOffice | None = None,
+        office: BackgroundPlanner | None = None,
         background: Background | None = None,
         why_not: str = "",
     ) -> None:
@@ -76,7 +76,7 @@ class Session:
         self._device = device
         self._clocks = StageClocks(None if settings.measure_only else device, settings.switch_latency_s)
         self._coordination = Coordination(introductions(exchange.introduce(self._introduction().row())), self._limits())
-        self._chronicle = Chronicle(announcer, settings, self._coordination)
+        self._chronicle = Reporter(announcer, settings, self._coordination)
 
         self._iteration = 0
         self._record: Record | None = None
@@ -278,7 +278,7 @@ class Session:
         if plan is not None:
             stage = plan.stages[self._job.stage]
             self._order = stage
-            self._clocks.follow(stage)
+            self._clocks.follow(stage.clocks)
             durations_s = tuple(planned.duration_s for planned in stage.clocks)
             return Expectation(plan.number, None, durations_s, tuple(planned.clock_mhz for planned in stage.clocks))
         if phase is Phase.PROFILE and num_microbatches == self._usual_microbatches:
@@ -373,13 +373,13 @@ class Session:
         reason = self._coordination.reason
         pipeline_time_s = self._meter.unlocked_pipeline_time_s(self._usual_microbatches)
         if reason is Reason.BASELINE_CHANGED:
-            return Part(self._meter.no_measurements(), pipeline_time_s=pipeline_time_s).encode()
+            return RankReport(self._meter.no_measurements(), pipeline_time_s=pipeline_time_s).encode()
         if reason is not Reason.PROFILED:
             stretches = self._meter.stretches(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
-            return Part(self._meter.no_measurements(), stretches).encode()
+            return RankReport(self._meter.no_measurements(), stretches).encode()
         said = said_orders(self._job, self._usual_microbatches)
         follows = bool(said) and self._meter.traced == said[self._job.stage]
-        return Part(
+        return RankReport(
             self._meter.measurements(),
             traced=() if follows else self._meter.traced,
             pipeline_time_s=pipeline_time_s,

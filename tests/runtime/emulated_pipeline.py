@@ -15,10 +15,10 @@ from typing import Any
 from perseus_core.gpu import simulated
 from perseus_core.gpu.discovery import device_by_uuid
 from perseus_core.planning.schedule import Instruction, Kind, one_f_one_b
-from perseus_core.runtime.energy import ChunkKind, Iteration, Span
-from perseus_core.runtime.profiler import Sweep, SweepSettings
-from perseus_core.runtime.sampler import EnergySampler
-from perseus_core.runtime.stage_measurements import StageMeasurements
+from perseus_core.runtime.measure.energy import ChunkKind, Iteration, Span
+from perseus_core.runtime.measure.sampler import EnergySampler
+from perseus_core.runtime.measure.stage_measurements import StageMeasurements
+from perseus_core.runtime.measure.sweep import Sweep, SweepSettings
 
 _LIMIT_S = 150
 

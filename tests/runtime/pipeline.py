@@ -159,8 +159,8 @@ def _train(rank: int, job: PipelineJob) -> None:
     from perseus_core.planning.schedule import Kind, one_f_one_b
     from perseus_core.runtime.inert import InertSession
     from perseus_core.runtime.job import Job
+    from perseus_core.runtime.measure.profile_cache import ProfileKey
     from perseus_core.runtime.opening import open_session
-    from perseus_core.runtime.profile_cache import ProfileKey
     from perseus_core.runtime.settings import Settings
 
     torch.set_num_threads(1)
@@ -336,7 +336,7 @@ def _watchdogs(pid: int) -> list[int]:
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"perseus_core.runtime.watchdog" in arguments and str(pid).encode() in arguments:
+        if b"perseus_core.runtime.clock.watchdog" in arguments and str(pid).encode() in arguments:
             found.append(int(folder.name))
     return found
 

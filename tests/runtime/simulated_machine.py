@@ -84,7 +84,7 @@ def watchdogs_of(pid: int) -> list[int]:
             arguments = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"perseus_core.runtime.watchdog" in arguments and str(pid).encode() in arguments:
+        if b"perseus_core.runtime.clock.watchdog" in arguments and str(pid).encode() in arguments:
             found.append(int(path.parent.name))
     return found
 
@@ -92,8 +92,9 @@ def watchdogs_of(pid: int) -> list[int]:
 _TRAINING = """
 import os, signal, sys, time
 from perseus_core.gpu.discovery import visible_devices
-from perseus_core.runtime.controller import ClockController, PlannedClock
-from perseus_core.runtime.events import HostEvents
+from perseus_core.runtime.clock.controller import ClockController
+from perseus_core.runtime.clock.planned_clock import PlannedClock
+from perseus_core.runtime.measure.events import HostEvents
 
 events = HostEvents()
 

@@ -13,8 +13,8 @@ from perseus_core.gpu.errors import NoDriver
 from perseus_core.planning.schedule import Kind, Schedule, one_f_one_b
 from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.job import Job
+from perseus_core.runtime.measure.profile_cache import ProfileKey
 from perseus_core.runtime.opening import open_session
-from perseus_core.runtime.profile_cache import ProfileKey
 from perseus_core.runtime.session import Session
 from perseus_core.runtime.settings import Settings
 

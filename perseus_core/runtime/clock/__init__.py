@@ -1,0 +1,1 @@
+"""Following a plan with the GPU's clock, and giving the clock back whatever happens."""

@@ -1,0 +1,91 @@
+"""The clocks of this rank's GPU, iteration by iteration: the plan's, one that is held, or the driver's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from perseus_core.gpu.device import Device
+from perseus_core.gpu.errors import GpuError
+from perseus_core.runtime.clock.controller import ClockController
+from perseus_core.runtime.clock.planned_clock import PlannedClock
+from perseus_core.runtime.measure.events import Event
+
+_USUAL_LATENCY_S = 0.015
+
+
+class _Mode(Enum):
+    UNKNOWN = "unknown"
+    PLAN = "plan"
+
+
+class StageClocks:
+    """A clock controller where clocks may be set, and nothing where not.
+
+    Attributes:
+        following: whether the plan's clocks are followed in this iteration.
+    """
+
+    def __init__(self, device: Device | None, switch_latency_s: float | str) -> None:
+        """Without a device, no clock is ever set.
+
+        Args:
+            device: the GPU.
+            switch_latency_s: how long a change takes, until it has been measured; "auto" for what is usual.
+        """
+        self.following = False
+        self._now: int | _Mode | None = _Mode.UNKNOWN
+        self._controller: ClockController | None = None
+        if device is not None:
+            latency_s = _USUAL_LATENCY_S if isinstance(switch_latency_s, str) else switch_latency_s
+            self._controller = ClockController(device, latency_s)
+
+    @property
+    def can_be_set(self) -> bool:
+        """Whether clocks can be set, as far as is known."""
+        return self._controller is not None and self._controller.failure is None
+
+    @property
+    def failure(self) -> GpuError | None:
+        """Why not, if that was found out while setting them."""
+        return None if self._controller is None else self._controller.failure
+
+    def start(self) -> None:
+        """Claims the clock, in a side thread."""
+        if self._controller is not None:
+            self._controller.start()
+
+    def stop(self) -> None:
+        """Gives the clock back for good."""
+        self.following = False
+        if self._controller is not None:
+            self._controller.stop()
+
+    def follow(self, clocks: Sequence[PlannedClock]) -> None:
+        """The iteration that begins runs at the plan's clocks."""
+        if self._controller is not None:
+            self._controller.begin_iteration(clocks)
+            self.following, self._now = True, _Mode.PLAN
+
+    def hold(self, clock_mhz: int | None) -> None:
+        """From now on one clock [MHz], or none: the driver chooses."""
+        self.following = False
+        if self._controller is not None and self._now != clock_mhz:
+            self._controller.hold(clock_mhz)
+            self._now = clock_mhz
+
+    def instruction_begins(self, event: Event) -> None:
+        """An instruction begins. Told also while a clock is held: it is the sign of life that keeps the clock ours."""
+        if self._controller is not None:
+            self._controller.instruction_begins(event)
+
+    def instruction_ends(self, event: Event) -> None:
+        """It ends."""
+        if self._controller is not None:
+            self._controller.instruction_ends(event)
+
+    def end_iteration(self) -> None:
+        """The iteration ends."""
+        if self.following and self._controller is not None:
+            self._controller.end_iteration()
+        self.following = False

@@ -1,0 +1,214 @@
+"""What one rank measures of itself: times from events, energy from the counter, the sweep, durations under a plan."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from perseus_core.gpu.device import Device
+from perseus_core.planning.schedule import InstructionType, Kind
+from perseus_core.runtime.measure.recorder import MeasuredIteration, Recorder, Step
+from perseus_core.runtime.measure.sampler import CounterReading, EnergySampler
+from perseus_core.runtime.measure.stage_measurements import StageMeasurements
+from perseus_core.runtime.measure.stretch import Stretch
+from perseus_core.runtime.measure.sweep import Progress, Sweep, SweepSettings
+from perseus_core.runtime.ranks.heartbeat import Heartbeat
+
+# Readings this far before an iteration are still needed to interpolate its beginning.
+_READINGS_BEFORE_S = 2.0
+_REMEMBERED_ITERATIONS = 16
+
+
+@dataclass(frozen=True)
+class _Timing:
+    iteration: int
+    num_microbatches: int
+    span_s: float
+    seen_s: float
+    expected_s: float
+    throttled: bool
+
+
+class Meter:
+    """Turns executed iterations into what the heartbeat tells, and into measurements for the planner.
+
+    Attributes:
+        recorder: takes the iterations that were given to the GPU.
+        traced: what the last whole iteration executed.
+    """
+
+    def __init__(self, stage: int, device: Device | None) -> None:
+        """Measures energy only where there is a GPU."""
+        self.recorder = Recorder()
+        self.traced: tuple[Step, ...] = ()
+        self._stage = stage
+        self._sampler = None if device is None else EnergySampler(device)
+        self._sweep: Sweep | None = None
+        self._readings_handed_to_s = 0.0
+        self._timings: deque[_Timing] = deque()
+        self._uncounted: deque[MeasuredIteration] = deque()
+        self._energies: deque[tuple[int, float]] = deque()
+        self._plan = 0
+        self._under_plan: deque[MeasuredIteration] = deque(maxlen=_REMEMBERED_ITERATIONS)
+        self._unlocked: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED_ITERATIONS)
+
+    def start(self) -> None:
+        """Starts to sample the energy counter."""
+        if self._sampler is not None:
+            self._sampler.start()
+
+    def stop(self) -> None:
+        """Stops sampling."""
+        if self._sampler is not None:
+            self._sampler.stop(0.5)
+
+    # The sweep
+
+    def start_sweep(self, supported_clocks_mhz: Sequence[int], settings: SweepSettings) -> None:
+        """Begins to measure the stage at one clock after the other."""
+        self._sweep = Sweep(self._stage, supported_clocks_mhz, settings)
+
+    @property
+    def sweep_clock_mhz(self) -> int | None:
+        """The clock to hold in the next iteration; none if nothing is left to measure."""
+        return None if self._sweep is None else self._sweep.next_clock()
+
+    @property
+    def sweep_progress(self) -> Progress | None:
+        """How far the sweep is."""
+        return None if self._sweep is None else self._sweep.progress()
+
+    @property
+    def sweep_notes(self) -> tuple[str, ...]:
+        """What the sweep could not do."""
+        return () if self._sweep is None else self._sweep.notes
+
+    def no_measurements(self) -> StageMeasurements:
+        """What a rank sends that has not swept anew."""
+        return StageMeasurements(self._stage, ())
+
+    def measurements(self) -> StageMeasurements:
+        """What the sweep has found; nothing without one."""
+        return StageMeasurements(self._stage, ()) if self._sweep is None else self._sweep.measurements()
+
+    # Under a plan
+
+    def stretches(self, num_iterations: int) -> tuple[Stretch, ...]:
+        """How much longer than planned instructions took in the last iterations under the plan that runs."""
+        factors: dict[tuple[int, Kind, int], list[float]] = {}
+        iterations = list(self._under_plan)[-num_iterations:]
+        held_down = any(self._is_throttled(measured) for measured in iterations)
+        for measured in iterations:
+            expected = measured.record.expectation
+            for span, clock_mhz, planned_s in zip(
+                measured.iteration.spans, expected.clocks_mhz, expected.durations_s, strict=True
+            ):
+                of_clock = factors.setdefault((span.type.chunk, span.type.kind, clock_mhz), [])
+                of_clock.append((span.end_s - span.begin_s) / planned_s)
+        return tuple(
+            Stretch(InstructionType(self._stage, chunk, kind), clock_mhz, median(of_clock), len(of_clock), held_down)
+            for (chunk, kind, clock_mhz), of_clock in factors.items()
+        )
+
+    # At unlocked clocks
+
+    def unlocked_pipeline_time_s(self, num_microbatches: int) -> float:
+        """Median time from the first instruction's begin to the last one's end; 0 where none of so many was seen."""
+        return median([time_s for microbatches, time_s in self._unlocked if microbatches == num_microbatches] or [0.0])
+
+    # Every iteration
+
+    def take_in(self) -> None:
+        """Reads the times of all iterations that have been finished since the last call."""
+        for measured in self.recorder.measured():
+            record = measured.record
+            comparable = record.num_microbatches > 0 and record.in_order
+            if comparable:
+                self.traced = tuple(record.steps)
+            self._timings.append(
+                _Timing(
+                    record.number,
+                    record.num_microbatches if comparable else 0,
+                    measured.span_s,
+                    measured.seen_s,
+                    measured.expected_s if comparable else 0.0,
+                    self._is_throttled(measured),
+                )
+            )
+            self._uncounted.append(measured)
+            if comparable:
+                self._remember(measured)
+                self._feed_sweep(measured)
+        while self._uncounted and self._count(self._uncounted[0]):
+            self._uncounted.popleft()
+
+    def tell(self, beat: Heartbeat) -> Heartbeat:
+        """Adds the oldest time and energy that were not told yet."""
+        if self._timings:
+            t = self._timings.popleft()
+            beat = beat._replace(
+                timed=t.iteration,
+                num_microbatches=t.num_microbatches,
+                span_s=t.span_s,
+                seen_s=t.seen_s,
+                expected_s=t.expected_s,
+                throttled=float(t.throttled),
+            )
+        if self._energies:
+            iteration, energy_j = self._energies.popleft()
+            beat = beat._replace(counted=iteration, energy_j=energy_j)
+        return beat._replace(sweep_done=float(self._sweep is not None and self._sweep.is_complete))
+
+    def _remember(self, measured: MeasuredIteration) -> None:
+        expectation, spans = measured.record.expectation, measured.iteration.spans
+        if not expectation.plan:
+            if expectation.held_mhz is None and spans:
+                self._unlocked.append((measured.record.num_microbatches, spans[-1].end_s - spans[0].begin_s))
+            return
+        if expectation.plan != self._plan:
+            # In the first iteration under a plan its clocks may come late.
+            self._plan = expectation.plan
+            self._under_plan.clear()
+            self._unlocked.clear()
+        else:
+            self._under_plan.append(measured)
+
+    def _feed_sweep(self, measured: MeasuredIteration) -> None:
+        if self._sweep is None or self._sweep.is_complete:
+            return
+        assert self._sampler is not None, "only a rank that can measure sweeps"
+        readings = self._sampler.between(self._readings_handed_to_s, np.inf)
+        if readings:
+            self._readings_handed_to_s = float(np.nextafter(readings[-1].time_s, np.inf))
+        self._sweep.add_iteration(measured.iteration, measured.record.expectation.held_mhz, readings)
+
+    def _is_throttled(self, measured: MeasuredIteration) -> bool:
+        if self._sampler is None:
+            return False
+        readings = self._sampler.between(measured.iteration.begin_s, measured.iteration.end_s)
+        return any(reading.throttle.slows_training for reading in readings)
+
+    def _count(self, measured: MeasuredIteration) -> bool:
+        """Finds the energy of an iteration once the counter has moved beyond its end; returns whether it is settled."""
+        iteration = measured.iteration
+        energy_j = 0.0
+        if self._sampler is not None:
+            readings = self._sampler.between(iteration.begin_s - _READINGS_BEFORE_S, np.inf)
+            if self._sampler.failure is None and not (readings and readings[-1].time_s >= iteration.end_s):
+                return len(self._uncounted) > 8  # a counter that does not move
+            energy_j = _energy_j(readings, iteration.begin_s, iteration.end_s)
+        self._energies.append((iteration.number, energy_j))
+        return True
+
+
+def _energy_j(readings: Sequence[CounterReading], begin_s: float, end_s: float) -> float:
+    """Energy between two moments, interpolated; 0 where the readings do not reach so far."""
+    if len(readings) < 2 or readings[0].time_s > begin_s or readings[-1].time_s < end_s:
+        return 0.0
+    at_s = [r.time_s for r in readings]
+    begin_j, end_j = np.interp([begin_s, end_s], at_s, [r.energy_j for r in readings])
+    return max(0.0, float(end_j - begin_j))

@@ -1,0 +1,41 @@
+"""What is said of a plan beside its clocks: all that is needed to judge it and to report it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """A plan in a few numbers. Energies count one GPU for each stage.
+
+    Attributes:
+        number: plans are numbered from 1.
+        num_microbatches: of the iteration it is for.
+        limit_time_s: how long an iteration may take.
+        promised_time_s: how long it should take.
+        promised_energy_j: energy of an iteration.
+        baseline_time_s, baseline_energy_j: what the planner takes for the same at unlocked clocks.
+        gap: how far the plan is from the best possible at most.
+        solve_s: how long the planner took.
+    """
+
+    number: int
+    num_microbatches: int
+    limit_time_s: float
+    promised_time_s: float
+    promised_energy_j: float
+    baseline_time_s: float
+    baseline_energy_j: float
+    gap: float
+    solve_s: float
+
+    @property
+    def saving(self) -> float:
+        """Share of the energy that is promised to be saved."""
+        return 1 - self.promised_energy_j / self.baseline_energy_j
+
+    @property
+    def slowdown(self) -> float:
+        """Share by which an iteration is promised to take longer."""
+        return self.promised_time_s / self.baseline_time_s - 1

@@ -1,0 +1,276 @@
+"""Rank 0's desk: from everybody's measurements to a plan. Knows nothing of ranks, threads and iterations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from perseus_core.errors import InputError
+from perseus_core.planning.baselines import all_max
+from perseus_core.planning.dag import fitted_latency_s
+from perseus_core.planning.execution import Execution
+from perseus_core.planning.fitting import fit_profile
+from perseus_core.planning.frontier import Frontier
+from perseus_core.planning.frontier_file import save_frontier
+from perseus_core.planning.plan import make_plan
+from perseus_core.planning.policy import Policy, straggler
+from perseus_core.planning.problem import PipelineProblem
+from perseus_core.planning.profile import Profile
+from perseus_core.planning.schedule import Instruction, InstructionType, Placement, Schedule
+from perseus_core.planning.solver import solve
+from perseus_core.runtime.measure.recorder import Step
+from perseus_core.runtime.measure.stretch import Stretch
+from perseus_core.runtime.ranks.decisions import Baseline
+from perseus_core.runtime.replan.correction import Stretches, corrected, usual_stretches
+from perseus_core.runtime.replan.plan_message import PlanMessage
+
+
+@dataclass(frozen=True)
+class MeasuredJob:
+    """What the planner needs to know.
+
+    Attributes:
+        profile: as measured, one GPU for each stage.
+        blocking_power_w: of each stage's GPU.
+        baseline: the job at unlocked clocks.
+        pipeline_time_s: the share of the baseline's iteration from its first instruction to its last; 0 if not known.
+    """
+
+    profile: Profile
+    blocking_power_w: tuple[float, ...]
+    baseline: Baseline
+    pipeline_time_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlannerState:
+    """All that a restarted job needs to go on.
+
+    Attributes:
+        job: as measured.
+        fitted: the profile, fitted and corrected.
+        traced: the schedule that runs, where it is not the one the framework says.
+        plan: the newest plan.
+    """
+
+    job: MeasuredJob
+    fitted: Profile
+    traced: Schedule | None
+    plan: PlanMessage
+
+
+class JobPlanner:
+    """Keeps the job's profile and makes plans from it. One thread at a time.
+
+    Attributes:
+        job: what is known; none before the first measurements.
+        profile: fitted, and corrected by what was seen.
+        policy: picks the point of the frontier.
+        straggler_slowdown: T'/T, 1 for none.
+    """
+
+    def __init__(
+        self,
+        schedule: Callable[[int], Schedule],
+        supported_clocks_mhz: Sequence[int],
+        policy: Policy,
+        *,
+        straggler_slowdown: float = 1.0,
+        switch_latency_s: float = 0.0,
+        frontier_file: str = "",
+    ) -> None:
+        """Knows nothing yet."""
+        self.job: MeasuredJob | None = None
+        self.profile: Profile | None = None
+        self._unhurried_profile: Profile | None = None  # without what was corrected because a plan was late
+        self.policy = policy
+        self.straggler_slowdown = straggler_slowdown
+        self._schedule = schedule
+        self._traced: Schedule | None = None
+        self._clocks_mhz = tuple(supported_clocks_mhz)
+        self._switch_latency_s = switch_latency_s
+        self._frontier_file = frontier_file
+        self._baseline: Execution | None = None
+        self._latency_s = 0.0
+        self._outside_time_s = 0.0
+        self._outside_energy_j = 0.0
+        self._margin_s = 0.0
+        self._last_plan: PlanMessage | None = None
+        self.num_plans = 0
+
+    def take_measurements(self, job: MeasuredJob, traced: Sequence[Sequence[Step]] | None = None) -> None:
+        """Starts from new measurements; `traced` is what each stage executed, where that is not the schedule given."""
+        self.job = job
+        if traced is not None:
+            self._traced = self._schedule_of(traced, job.baseline.num_microbatches)
+        self.profile = self._unhurried_profile = fit_profile(job.profile, clocks_mhz=self._clocks_mhz)
+        self._calibrate()
+
+    def state(self, plan: PlanMessage) -> PlannerState:
+        """What to save beside a plan."""
+        assert self.job is not None, "there are measurements"
+        return PlannerState(self.job, self._known_profile(), self._traced, plan)
+
+    def restore(self, state: PlannerState) -> None:
+        """Goes on from a saved state; its plan becomes number 1."""
+        self.job, self._traced = state.job, state.traced
+        self.profile = self._unhurried_profile = state.fitted
+        self._calibrate()
+        self._last_plan = replace(state.plan, number=1)
+        self.num_plans = 1
+
+    def correct(self, seen: Sequence[Stretch], measured_time_s: float, *, speed_changed: bool) -> None:
+        """Takes in what was seen under the plan.
+
+        Args:
+            seen: how much longer than planned instructions took, on all ranks.
+            measured_time_s: of an iteration.
+            speed_changed: a GPU runs at another speed than before, so the job would be slower without us, too.
+        """
+        profile, plan = self._known_profile(), self._last_plan
+        assert plan is not None, "only a plan that ran is corrected"
+        stretches = usual_stretches(seen)
+        if speed_changed:
+            self.profile = self._unhurried_profile = corrected(profile, stretches)
+            self._baseline = all_max(self._problem(plan.num_microbatches))
+        else:
+            # What ran faster than planned is no reason to go slower, when all are late.
+            slower = {which: replace(each, factor=max(1.0, each.factor)) for which, each in stretches.items()}
+            self.profile = corrected(profile, slower)
+            problem = self._problem(plan.num_microbatches)
+            explained_s = problem.dag.iteration_time_s(_stretched(plan, stretches)) + problem.outside_time_s
+            self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.promised_time_s))
+
+    def take_baseline(self, baseline: Baseline, pipeline_time_s: float) -> None:
+        """The job without us is another than before, so a plan that was slower than allowed was not to blame.
+
+        Args:
+            baseline: what it is now.
+            pipeline_time_s: as in `MeasuredJob`.
+        """
+        assert self.job is not None, "there are measurements"
+        self.job = replace(self.job, baseline=baseline, pipeline_time_s=pipeline_time_s)
+        self.profile = self._unhurried_profile
+        self._calibrate()
+
+    def forget_corrections(self) -> None:
+        """Back to what was measured in the first place."""
+        assert self.job is not None, "there are measurements"
+        self.profile = self._unhurried_profile = fit_profile(self.job.profile, clocks_mhz=self._clocks_mhz)
+        self._calibrate()
+
+    def plan(self, num_microbatches: int | None = None) -> PlanMessage:
+        """Makes a plan, by default for as many microbatches as the baseline has.
+
+        Raises:
+            InputError: if the policy asks for what cannot be, or there is no schedule for that many microbatches.
+        """
+        start_s = time.monotonic()
+        assert self.job is not None, "there are measurements"
+        usual = self.job.baseline.num_microbatches
+        problem = self._problem(num_microbatches or usual)
+        frontier = solve(problem)
+        unlocked = all_max(problem)
+        if problem.schedule.num_microbatches == usual:
+            assert self._baseline is not None, "it was calculated from the measurements"
+            # A plan that is corrected is compared with what the job was, and not with what it would be without us now.
+            unlocked = replace(
+                unlocked, iteration_time_s=self._baseline.iteration_time_s, energy_j=self._baseline.energy_j
+            )
+        limit_s = self._target_s(frontier, unlocked.iteration_time_s)
+        plan = make_plan(
+            frontier,
+            lambda f, _: max(f.fastest_time_s, min(limit_s, f.min_energy_time_s) - self._margin_s),
+            baseline=unlocked,
+            switch_latency_s=self._switch_latency_s,
+        )
+        if self._frontier_file:
+            save_frontier(frontier, self._frontier_file)
+        self.num_plans += 1
+        unlocked_s = iter(unlocked.durations_s.tolist())
+        message = PlanMessage.of(
+            plan,
+            [[next(unlocked_s) for _ in order] for order in plan.stages],
+            number=self.num_plans,
+            # Where corrections make even the fastest plan late, it is still judged by what was promised.
+            limit_time_s=max(
+                unlocked.iteration_time_s * self.straggler_slowdown,
+                limit_s if limit_s > frontier.fastest_time_s else 0.0,
+            ),
+            solve_s=time.monotonic() - start_s,
+        )
+        if message.num_microbatches == usual:
+            self._last_plan = message
+        return message
+
+    def _target_s(self, frontier: Frontier[PipelineProblem], baseline_time_s: float) -> float:
+        def picked_by(policy: Policy) -> float:
+            try:
+                return policy(frontier, baseline_time_s)
+            except InputError:
+                # A job that has become slower may not reach its baseline any more.
+                return policy(frontier, max(baseline_time_s, frontier.fastest_time_s))
+
+        target_s = picked_by(self.policy)
+        if self.straggler_slowdown > 1:
+            target_s = max(target_s, picked_by(straggler(self.straggler_slowdown)))
+        return target_s
+
+    def _calibrate(self) -> None:
+        """What the baseline took beyond its instructions is time between them, or outside the pipeline: a constant."""
+        assert self.job is not None, "there are measurements"
+        baseline = self.job.baseline
+        self._latency_s = self._outside_time_s = self._outside_energy_j = self._margin_s = 0.0
+        problem = self._problem(baseline.num_microbatches)
+        self._latency_s = fitted_latency_s(problem.dag, all_max(problem).durations_s, self.job.pipeline_time_s)
+        pipeline = all_max(self._problem(baseline.num_microbatches))
+        self._outside_time_s = max(0.0, baseline.time_s - pipeline.iteration_time_s)
+        if baseline.energy_j:
+            unlocked = all_max(self._problem(baseline.num_microbatches))
+            self._outside_energy_j = max(0.0, baseline.energy_j - unlocked.energy_j)
+        self._baseline = all_max(self._problem(baseline.num_microbatches))
+
+    def _problem(self, num_microbatches: int) -> PipelineProblem:
+        assert self.job is not None, "there are measurements"
+        return PipelineProblem.of(
+            self._known_profile(),
+            self.schedule(num_microbatches),
+            self.job.blocking_power_w,
+            transfer_latency_s=self._latency_s,
+            gap_s=self._latency_s,
+            outside_time_s=self._outside_time_s,
+            outside_energy_j=self._outside_energy_j,
+        )
+
+    def schedule(self, num_microbatches: int) -> Schedule:
+        """The schedule that runs: what was traced counts for more than what was said."""
+        if self._traced is not None:
+            if self._traced.num_microbatches != num_microbatches:
+                raise InputError(f"the order of {num_microbatches} microbatches was not traced")
+            return self._traced
+        return self._schedule(num_microbatches)
+
+    def _schedule_of(self, traced: Sequence[Sequence[Step]], num_microbatches: int) -> Schedule:
+        """What was traced, on chunks that lie over the stages as the framework says."""
+        try:
+            placement = self._schedule(num_microbatches).placement
+        except InputError:
+            placement = Placement.LOOP
+        stages = tuple(tuple(Instruction(stage, *step) for step in steps) for stage, steps in enumerate(traced))
+        num_chunks = max(i.chunk for order in stages for i in order) + 1
+        return Schedule("traced", num_chunks, num_microbatches, stages, placement=placement)
+
+    def _known_profile(self) -> Profile:
+        assert self.profile is not None, "there are measurements"
+        return self.profile
+
+
+def _stretched(plan: PlanMessage, stretches: Stretches) -> list[float]:
+    """How long each instruction of a plan really takes [s], stage after stage."""
+    durations_s = []
+    for stage, of_stage in enumerate(plan.stages):
+        for (chunk, _, kind), planned in zip(of_stage.steps, of_stage.clocks, strict=True):
+            stretch = stretches.get((InstructionType(stage, chunk, kind), planned.clock_mhz))
+            durations_s.append(planned.duration_s * (1.0 if stretch is None else stretch.factor))
+    return durations_s

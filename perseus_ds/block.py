@@ -1,0 +1,3 @@
+"""The name of our block in a DeepSpeed config."""
+
+BLOCK = "perseus"

@@ -1,0 +1,225 @@
+"""Rank 0's desk: what it makes of measurements, of what is seen under a plan, and of a saved state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from perseus_core.errors import InputError
+from perseus_core.planning.baselines import all_max
+from perseus_core.planning.execution import execute
+from perseus_core.planning.frontier_file import load_frontier
+from perseus_core.planning.policy import iteration_time, max_slowdown, no_slowdown
+from perseus_core.planning.problem import PipelineProblem
+from perseus_core.planning.profile import Profile
+from perseus_core.planning.schedule import InstructionType, Kind, Placement, Waits, gpipe, interleaved, one_f_one_b
+from perseus_core.runtime.measure.profile_cache import ProfileKey
+from perseus_core.runtime.measure.stretch import Stretch
+from perseus_core.runtime.ranks.decisions import Baseline
+from perseus_core.runtime.replan.job_planner import JobPlanner, MeasuredJob
+from perseus_core.runtime.replan.plan_message import PlanMessage
+from perseus_core.runtime.replan.state_file import load_state, save_state
+
+LATENCY_S, OUTSIDE_S, BLOCKING_W = 0.004, 0.05, 83.5
+MICROBATCHES = 8
+
+
+def clocks_mhz(profile: Profile) -> list[int]:
+    return sorted({m.clock_mhz for m in profile.measurements}, reverse=True)
+
+
+def truth(profile: Profile, num_microbatches: int = MICROBATCHES) -> PipelineProblem:
+    """The job as it really is: time passes between instructions, and outside the pipeline."""
+    return PipelineProblem.of(
+        profile,
+        one_f_one_b(4, num_microbatches),
+        BLOCKING_W,
+        transfer_latency_s=LATENCY_S,
+        gap_s=LATENCY_S,
+        outside_time_s=OUTSIDE_S,
+    )
+
+
+def measured(profile: Profile) -> MeasuredJob:
+    """What its ranks would measure."""
+    unlocked = all_max(truth(profile))
+    baseline = Baseline(MICROBATCHES, unlocked.iteration_time_s, unlocked.energy_j)
+    return MeasuredJob(profile, (BLOCKING_W,) * 4, baseline, unlocked.iteration_time_s - OUTSIDE_S)
+
+
+@pytest.fixture
+def desk(own_profile: Profile) -> JobPlanner:
+    """One that has taken the job's measurements."""
+    made = JobPlanner(lambda microbatches: one_f_one_b(4, microbatches), clocks_mhz(own_profile), no_slowdown)
+    made.take_measurements(measured(own_profile))
+    return made
+
+
+def test_time_between_instructions_is_known(own_profile: Profile, desk: JobPlanner) -> None:
+    """It is slack where few instructions follow each other; taken for a constant outside it would not be used."""
+    plan = desk.plan()
+    assert plan.baseline_time_s == pytest.approx(measured(own_profile).baseline.time_s, rel=1e-6)
+    clocks = [planned.clock_mhz for stage in plan.stages for planned in stage.clocks]
+    really = execute(truth(own_profile), clocks)
+    assert really.iteration_time_s == pytest.approx(plan.promised_time_s, rel=1e-4)
+    assert really.energy_j == pytest.approx(plan.promised_energy_j, rel=1e-3)
+    ignorant = JobPlanner(desk.schedule, clocks_mhz(own_profile), no_slowdown)
+    ignorant.take_measurements(dataclasses.replace(measured(own_profile), pipeline_time_s=0.0))
+    assert plan.saving > ignorant.plan().saving
+
+
+def test_another_number_of_microbatches_has_the_same_constants(own_profile: Profile, desk: JobPlanner) -> None:
+    """Its unlocked time was never measured."""
+    unlocked_s = all_max(truth(own_profile, 12)).iteration_time_s
+    assert desk.plan(12).baseline_time_s == pytest.approx(unlocked_s, rel=2e-3)
+
+
+def test_a_slower_instruction_is_planned_for(desk: JobPlanner) -> None:
+    """What stage 1 was seen to take becomes its profile."""
+    before = desk.plan()
+    desk.correct(stretched(before, 1.04, stages=(1,)), before.promised_time_s * 1.02, speed_changed=False)
+    after = desk.plan()
+    assert after.number == before.number + 1
+
+    def mean_mhz(plan: PlanMessage) -> float:
+        return sum(planned.clock_mhz for planned in plan.stages[1].clocks) / len(plan.stages[1].clocks)
+
+    assert mean_mhz(after) > mean_mhz(before)
+    desk.forget_corrections()
+    assert desk.plan().stages == before.stages
+
+
+def stretched(plan: PlanMessage, factor: float, *, stages: Sequence[int] = range(4)) -> list[Stretch]:
+    """What the ranks see when every instruction takes longer than planned."""
+    return [
+        Stretch(InstructionType(stage, 0, kind), planned.clock_mhz, factor, 8)
+        for stage in stages
+        for (_, _, kind), planned in zip(plan.stages[stage].steps, plan.stages[stage].clocks, strict=True)
+    ]
+
+
+def test_a_corrected_plan_is_compared_with_the_job_as_it_was(own_profile: Profile, desk: JobPlanner) -> None:
+    """Under plans all instructions take 1 % longer for the same energy; the next plan promises what it really keeps."""
+    before = desk.plan()
+    pipeline_s = before.promised_time_s - OUTSIDE_S
+    desk.correct(stretched(before, 1.01), before.promised_time_s + 0.01 * pipeline_s, speed_changed=False)
+    after = desk.plan()
+    assert (after.baseline_time_s, after.baseline_energy_j) == (before.baseline_time_s, before.baseline_energy_j)
+    assert after.promised_time_s > after.limit_time_s == before.limit_time_s
+    slower = Profile(tuple(dataclasses.replace(m, time_s=1.01 * m.time_s) for m in own_profile.measurements))
+    really = execute(truth(slower), [planned.clock_mhz for stage in after.stages for planned in stage.clocks])
+    assert after.promised_energy_j == pytest.approx(really.energy_j, rel=2e-3)
+    assert after.promised_time_s == pytest.approx(really.iteration_time_s, rel=2e-3)
+    assert after.saving < before.saving
+
+
+def test_a_job_that_became_slower_by_itself_is_planned_as_it_is_now(own_profile: Profile, desk: JobPlanner) -> None:
+    """Time that was added outside the pipeline costs no saving, and what was taken for lateness is forgotten."""
+    job = measured(own_profile)
+    allowed_s = 1.05 * job.baseline.time_s
+    desk.policy = iteration_time(allowed_s)
+    before = desk.plan()
+    desk.correct(stretched(before, 1.01), before.promised_time_s + 0.1, speed_changed=False)
+    assert desk.plan().saving < before.saving
+    desk.policy = iteration_time(allowed_s + 0.1)
+    slower = dataclasses.replace(job.baseline, time_s=job.baseline.time_s + 0.1)
+    desk.take_baseline(slower, job.pipeline_time_s)
+    after = desk.plan()
+    assert after.stages == before.stages
+    assert after.baseline_time_s == pytest.approx(slower.time_s)
+
+
+def test_time_that_instructions_explain_becomes_no_margin(desk: JobPlanner) -> None:
+    """It is in the profile already, and taken off twice it would cost twice."""
+    desk.policy = max_slowdown(0.1)
+    before = desk.plan()
+    pipeline_s = before.promised_time_s - OUTSIDE_S
+    desk.correct(stretched(before, 1.02), before.promised_time_s + 0.02 * pipeline_s, speed_changed=False)
+    assert desk.plan().promised_time_s == pytest.approx(before.promised_time_s, rel=3e-3)
+
+
+def test_a_late_plan_is_no_reason_to_go_slower_anywhere(desk: JobPlanner) -> None:
+    """Instructions that were faster than planned are not given more time."""
+    desk.policy = max_slowdown(0.1)
+    before = desk.plan()
+    desk.correct(stretched(before, 0.9), before.promised_time_s, speed_changed=False)
+    assert desk.plan().stages == before.stages
+
+
+def test_time_that_nothing_explains_becomes_a_margin(desk: JobPlanner) -> None:
+    """The next plan is faster by as much, where the frontier has such a point."""
+    desk.policy = max_slowdown(0.1)
+    before = desk.plan()
+    desk.correct([], before.promised_time_s + 0.03, speed_changed=False)
+    assert desk.plan().promised_time_s == pytest.approx(before.promised_time_s - 0.03, abs=0.002)
+
+
+def test_a_traced_order_counts_for_more_than_what_was_said(own_profile: Profile, desk: JobPlanner) -> None:
+    """And only for the number of microbatches that was traced."""
+    traced = [[(i.chunk, i.microbatch, i.kind) for i in order] for order in gpipe(4, MICROBATCHES).stages]
+    desk.take_measurements(measured(own_profile), traced)
+    assert list(desk.plan().stages[1].steps) == traced[1]
+    with pytest.raises(InputError, match="was not traced"):
+        desk.plan(12)
+
+
+def test_a_traced_order_lies_over_the_stages_as_was_said(own_profile: Profile, tmp_path: Path) -> None:
+    """What was traced does not tell which way a chunk leads; a saved state keeps it."""
+    in_a_v = dataclasses.replace(interleaved(4, MICROBATCHES, 2), placement=Placement.V)
+    traced = [
+        [(chunk, microbatch, Kind.FORWARD) for chunk in (0, 1) for microbatch in range(MICROBATCHES)]
+        + [(chunk, microbatch, Kind.BACKWARD) for chunk in (1, 0) for microbatch in range(MICROBATCHES)]
+        for _ in range(4)
+    ]
+    profile = own_profile.divided_into_chunks(2)
+    desk = JobPlanner(lambda _: in_a_v, clocks_mhz(profile), no_slowdown)
+    desk.take_measurements(dataclasses.replace(measured(own_profile), profile=profile), traced)
+    key = ProfileKey("model", in_a_v.name, 4, 2, 1, 1, 1, "GPU", 400.0)
+    save_state(tmp_path / "session.json", key, desk.state(desk.plan()))
+    state = load_state(tmp_path / "session.json", key)
+    assert state is not None
+    assert state.traced is not None
+    assert state.traced.placement is Placement.V
+
+
+@pytest.mark.parametrize("waits", [(), "some"])
+def test_a_saved_state_goes_on(own_profile: Profile, tmp_path: Path, waits: Waits | str) -> None:
+    """With the same plan, and the same plans after it."""
+    schedule = interleaved(4, MICROBATCHES, 2)
+    if waits:
+        schedule = dataclasses.replace(schedule, waits=((schedule.stages[0][3], schedule.stages[1][5]),))
+    profile = own_profile.divided_into_chunks(2)
+    job = dataclasses.replace(measured(own_profile), profile=profile)
+    key = ProfileKey("model", schedule.name, 4, 2, 1, 1, 1, "GPU", 400.0)
+
+    def new_desk() -> JobPlanner:
+        return JobPlanner(lambda _: schedule, clocks_mhz(profile), no_slowdown)
+
+    desk, restored = new_desk(), new_desk()
+    desk.take_measurements(job)
+    plan = desk.plan()
+    save_state(tmp_path / "session.json", key, desk.state(plan))
+    state = load_state(tmp_path / "session.json", key)
+    assert state is not None
+    assert state.plan.stages == plan.stages
+    restored.restore(state)
+    desk.policy = restored.policy = max_slowdown(0.05)
+    again, expected = restored.plan(), desk.plan()
+    assert again.stages == expected.stages
+    assert again.promised_time_s == pytest.approx(expected.promised_time_s)
+
+
+def test_a_schedule_with_waits_is_planned_and_kept(own_profile: Profile, tmp_path: Path) -> None:
+    """The frontier that is written for other tools holds them."""
+    schedule = one_f_one_b(4, MICROBATCHES)
+    held_up = dataclasses.replace(schedule, waits=((schedule.stages[1][2], schedule.stages[0][5]),))
+    frontier_file = str(tmp_path / "frontier.json")
+    desk = JobPlanner(lambda _: held_up, clocks_mhz(own_profile), no_slowdown, frontier_file=frontier_file)
+    desk.take_measurements(measured(own_profile))
+    desk.plan()
+    problem = load_frontier(tmp_path / "frontier.json").problem
+    assert problem.schedule == held_up
+    assert problem.gap_s == problem.transfer_latency_s > 0
