@@ -19,6 +19,7 @@ from perseus_core.gpu import simulated
 from perseus_core.runtime.clock.controller import ClockController
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.measure.events import HostEvents
+from perseus_core.runtime.side_threads import OwnThreads
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_INSTRUCTIONS = 24
@@ -37,7 +38,7 @@ def main() -> None:
         from perseus_core.gpu.discovery import visible_devices
 
         device = visible_devices()[0]
-        controller = ClockController(device)
+        controller = ClockController(device, threads=OwnThreads())
         controller.start()
         while not controller.is_guarded:
             time.sleep(0.01)

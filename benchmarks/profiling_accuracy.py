@@ -19,7 +19,7 @@ from rich.table import Table
 
 from perseus_core.gpu import simulated
 from perseus_core.gpu.simulated import Description, Noise, SimulatedNode, faults
-from perseus_core.runtime.measure.stage_measurements import ClockMeasurements, merge
+from perseus_core.runtime.measure.stage_measurements import ClockMeasurements, SweepRows, merge
 from perseus_core.runtime.measure.sweep import SweepSettings
 from tests.runtime.emulated_pipeline import PipelineRun, profile_pipeline
 
@@ -89,7 +89,7 @@ def main() -> None:
         table.add_row(str(clock), shown_iterations, *(f"{100 * value:.2f}" for value in values))
     console = Console()
     console.print(table)
-    job = merge(result.measurements for result in results)
+    job = merge(SweepRows.of(result.measurements for result in results))
     for stage, line in enumerate(job.blocking):
         truth_w = float(np.interp(line.clock_mhz, node.model.clocks_mhz[::-1], node.model.blocking_w[::-1]))
         console.print(

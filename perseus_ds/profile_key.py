@@ -11,9 +11,7 @@ import deepspeed
 import torch
 
 from perseus_core import __version__
-from perseus_core.gpu.device import Device
 from perseus_core.planning.schedule import Schedule
-from perseus_core.runtime.adapter import name_and_power_limit_w
 from perseus_core.runtime.measure.profile_cache import ProfileKey
 
 # Sections of a DeepSpeed config that change what is computed, or how.
@@ -33,17 +31,15 @@ _SECTIONS = (
 )
 
 
-def profile_key(engine: Any, device: Device | None, schedule: Schedule, input_shapes: str) -> ProfileKey:
+def profile_key(engine: Any, schedule: Schedule, input_shapes: str) -> ProfileKey:
     """The key of an engine's profile.
 
     Args:
         engine: the pipeline engine.
-        device: this rank's GPU, where it is known.
         schedule: of one training batch.
         input_shapes: of a microbatch, as this rank saw it.
     """
     config = engine._config._param_dict
-    gpu_name, power_limit_w = name_and_power_limit_w(device)
     checkpointing = getattr(engine.module, "activation_checkpoint_interval", 0)
     return ProfileKey(
         model=_fingerprint(engine.module),
@@ -53,8 +49,6 @@ def profile_key(engine: Any, device: Device | None, schedule: Schedule, input_sh
         tensor_parallel=engine.grid.model_parallel_size,
         data_parallel=engine.grid.data_parallel_size,
         microbatch_size=engine.train_micro_batch_size_per_gpu(),
-        gpu_name=gpu_name,
-        power_limit_w=power_limit_w,
         details=(
             ("input shapes", input_shapes),
             ("checkpointing interval", str(checkpointing)),

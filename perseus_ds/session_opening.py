@@ -27,7 +27,6 @@ def open_engine_session(engine: Any, settings: Settings, pipe_schedule: Any) -> 
     """
     schedule = schedule_factory(pipe_schedule)
     usual = schedule(pipe_schedule.num_micro_batches)
-    device = device_of_rank(engine.device, engine.local_rank)
     job = Job(
         stage=engine.stage_id,
         num_stages=usual.num_stages,
@@ -36,12 +35,12 @@ def open_engine_session(engine: Any, settings: Settings, pipe_schedule: Any) -> 
         world_size=torch.distributed.get_world_size(),
         data_parallel_rank=engine.grid.get_data_parallel_id(),
         schedule=schedule,
-        key=profile_key(engine, device, usual, _input_shapes(engine)),
+        key=profile_key(engine, usual, _input_shapes(engine)),
     )
     return open_session(
         settings,
         job,
-        device=device,
+        device=lambda: device_of_rank(engine.device, engine.local_rank),
         local_rank=engine.local_rank,
         events=events_of(engine.device),
         metric=_to_monitor(engine),

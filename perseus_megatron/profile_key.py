@@ -13,9 +13,7 @@ import megatron.core
 import torch
 
 from perseus_core import __version__
-from perseus_core.gpu.device import Device
 from perseus_core.planning.schedule import Schedule
-from perseus_core.runtime.adapter import name_and_power_limit_w
 from perseus_core.runtime.measure.profile_cache import ProfileKey
 from perseus_megatron.layout import Layout
 
@@ -24,7 +22,6 @@ def profile_key(
     model: Sequence[Any],
     config: Any,
     layout: Layout,
-    device: Device | None,
     schedule: Schedule,
     sequence_length: int,
     microbatch_size: int,
@@ -35,12 +32,10 @@ def profile_key(
         model: this rank's model chunks.
         config: their `ModelParallelConfig`.
         layout: this rank's place.
-        device: this rank's GPU, where it is known.
         schedule: of one iteration.
         sequence_length: of a microbatch.
         microbatch_size: samples.
     """
-    gpu_name, power_limit_w = name_and_power_limit_w(device)
     return ProfileKey(
         model=_fingerprint(model, config),
         schedule=schedule.name,
@@ -49,8 +44,6 @@ def profile_key(
         tensor_parallel=layout.tensor_parallel,
         data_parallel=layout.num_pipelines,
         microbatch_size=microbatch_size,
-        gpu_name=gpu_name,
-        power_limit_w=power_limit_w,
         details=(
             ("context parallel", str(layout.context_parallel)),
             ("expert parallel", str(layout.expert_parallel)),

@@ -45,8 +45,7 @@ def open_training_session(
     schedule = schedule_factory(config, layout.num_stages, len(model))
     rank = torch.distributed.get_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    device = device_of_rank(torch_device, local_rank)
-    key = profile_key(model, config, layout, device, schedule(num_microbatches), sequence_length, microbatch_size)
+    key = profile_key(model, config, layout, schedule(num_microbatches), sequence_length, microbatch_size)
     job = Job(
         stage=layout.stage,
         num_stages=layout.num_stages,
@@ -58,5 +57,9 @@ def open_training_session(
         key=key,
     )
     return open_session(
-        settings, job, device=device, local_rank=local_rank, events=events_of(torch_device), metric=metric
+        settings,
+        job,
+        device=lambda: device_of_rank(torch_device, local_rank),
+        events=events_of(torch_device),
+        metric=metric,
     )

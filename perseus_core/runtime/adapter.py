@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from perseus_core.gpu.device import Device
+from perseus_core.gpu.discovery import device_by_uuid
 from perseus_core.gpu.simulated.activation import ENVIRONMENT_VARIABLE as SIMULATED_GPUS
 from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.log import logger, show_log
 from perseus_core.runtime.measure.events import CudaEvents, EventSource, HostEvents
+from perseus_core.runtime.opening import tell_failed, visible_device
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +168,7 @@ class Follower:
             return
         if self.session is None:
             step_aside(f"{type(error).__name__}: {error}", details=error)
+            tell_failed()
         else:
             self.session.fail(error)
         self.finish()
@@ -215,37 +218,21 @@ def has_gpus_for(torch_device: torch.device) -> bool:
     return possible
 
 
-def device_of_rank(torch_device: torch.device, local_rank: int) -> Device | None:
-    """The GPU that a rank computes on; None where it is not to be had: `open_session` then finds out and says why.
+def device_of_rank(torch_device: torch.device, local_rank: int) -> Device:
+    """The GPU that a rank computes on. Asks the driver, so it may take a while.
 
     A rank that computes on the CPU has the simulated GPU with the number of its local rank.
+
+    Raises:
+        PerseusError: if it is not to be had.
     """
-    from perseus_core.errors import PerseusError
-    from perseus_core.gpu.discovery import device_by_uuid, visible_devices
+    if torch_device.type == "cuda":
+        import torch
 
-    try:
-        if torch_device.type == "cuda":
-            import torch
-
-            uuid = getattr(torch.cuda.get_device_properties(torch_device), "uuid", None)  # torch 2.4 and newer
-            if uuid is not None:
-                return device_by_uuid(str(uuid))
-        devices = visible_devices()
-        return devices[local_rank] if local_rank < len(devices) else None
-    except PerseusError:
-        return None
-
-
-def name_and_power_limit_w(device: Device | None) -> tuple[str, float]:
-    """What a profile's key says of a rank's GPU: empty and 0 where it is not known."""
-    from perseus_core.gpu.errors import GpuError
-
-    if device is None:
-        return "", 0.0
-    try:
-        return device.name, device.power_limit_w()
-    except GpuError:
-        return device.name, 0.0
+        uuid = getattr(torch.cuda.get_device_properties(torch_device), "uuid", None)  # torch 2.4 and newer
+        if uuid is not None:
+            return device_by_uuid(str(uuid))
+    return visible_device(local_rank)
 
 
 def events_of(torch_device: torch.device) -> EventSource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from perseus_core.planning.policy import Policy
 from perseus_core.planning.schedule import Kind
-from perseus_core.runtime.ranks.decisions import Phase
+from perseus_core.runtime.ranks.order import Phase
 from perseus_core.runtime.reporter import SessionStatus
 
 

@@ -24,6 +24,11 @@ class Announcer:
         self._metric = metric
         self._said: set[str] = set()
 
+    @property
+    def has_metric(self) -> bool:
+        """Whether figures are wanted here."""
+        return self._metric is not None
+
     def say(self, message: str, *values: object) -> None:
         """What all ranks know."""
         if self.speaks:

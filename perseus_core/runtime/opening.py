@@ -1,53 +1,57 @@
-"""How an adapter gets a session: whatever is missing, training goes on."""
+"""How an adapter gets a session: whatever is missing, training goes on, and waits for nothing."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from perseus_core.errors import PerseusError
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.discovery import visible_devices
 from perseus_core.gpu.errors import GpuError
-from perseus_core.runtime.background import Background, within
 from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, Metric, logger, show_log
 from perseus_core.runtime.measure.events import EventSource, HostEvents
 from perseus_core.runtime.measure.profile_cache import ProfileCache
-from perseus_core.runtime.ranks.exchange import Exchange, LocalExchange, TorchExchange
+from perseus_core.runtime.ranks import records
+from perseus_core.runtime.ranks.conversation import round_key
+from perseus_core.runtime.ranks.records import RankState
+from perseus_core.runtime.ranks.store import LocalStore, Store, StoreError, job_store
 from perseus_core.runtime.replan.background_planner import BackgroundPlanner
 from perseus_core.runtime.replan.job_planner import JobPlanner
 from perseus_core.runtime.replan.state_file import load_state
-from perseus_core.runtime.session import Session
+from perseus_core.runtime.session import Prepared, Session
 from perseus_core.runtime.settings import Settings
+from perseus_core.runtime.side_threads import OwnThreads, SideThreads
 
-# A driver that does not answer within this time has hung.
-_DRIVER_PATIENCE_S = 20.0
+# Sessions of this process so far. All ranks open theirs in the same order, so the number names the same one on all.
+_num_opened = 0
 
 
 def open_session(
     settings: Settings,
     job: Job,
     *,
-    device: Device | Callable[[], Device] | None = None,
+    device: Callable[[], Device] | None = None,
     local_rank: int | None = None,
     events: EventSource | None = None,
-    exchange: Exchange | None = None,
+    store: Store | None = None,
     metric: Metric | None = None,
 ) -> Session | InertSession:
-    """Opens this rank's session. All ranks of the job call it at the same place, after `torch.distributed` is there.
+    """Opens this rank's session. All ranks of the job call it at the same iteration, and none waits for another.
 
     Args:
         settings: what the user wants.
         job: this rank's place in the job.
-        device: its GPU, or how to find it; by default the one that `local_rank` names among the visible ones. What goes
-            wrong in finding it is said in the log, and the other ranks are not left waiting.
+        device: finds its GPU, in a side thread; by default the one that `local_rank` names among the visible ones.
+            What goes wrong is said in the log, and to the other ranks.
         local_rank: by default the environment's LOCAL_RANK, else the rank.
         events: marks on its compute stream; by default the host's time.
-        exchange: by default over `torch.distributed`, or none for a job of one rank.
-        metric: called with what is measured; all ranks know it, so any rank may hold the user's metrics.
+        store: what the ranks talk through; by default that of the `torch.distributed` job, or none for a job of one.
+        metric: called with what is measured, on the training thread; any rank may hold the user's metrics.
 
     Returns:
         The session; where there is nothing to do, or no way to do it, one that does nothing.
@@ -56,38 +60,78 @@ def open_session(
         return InertSession()
     show_log()
     try:
-        if exchange is None:
-            exchange = LocalExchange() if job.world_size == 1 else TorchExchange()
-        clocks_mhz: tuple[int, ...] = ()
-        why_not = ""
-        found: Device | None = None
-        try:
-            found, clocks_mhz = within(
-                _DRIVER_PATIENCE_S,
-                lambda: _ready(device, _local_rank(local_rank, job)),
-                otherwise=lambda: GpuError(f"the GPU driver has not answered for {_DRIVER_PATIENCE_S:g} s"),
-            )
-        except PerseusError as error:
-            why_not = str(error)
-        background = Background()
-        office = None
-        if job.rank == 0 and found is not None:
-            office = _office(settings, job, clocks_mhz, background)
+        if store is None:
+            store = _next_store(job.world_size)
+        threads = OwnThreads()
         return Session(
             settings,
             job,
-            found,
             events or HostEvents(),
-            exchange,
+            store,
+            prepare=lambda: prepare(
+                settings, job, device or (lambda: visible_device(_local_rank(local_rank, job))), threads
+            ),
+            threads=threads,
             announcer=Announcer(speaks=job.rank == 0, metric=metric),
-            office=office,
-            background=background,
-            why_not=why_not,
         )
+    except StoreError as error:  # the same on all ranks
+        if job.rank == 0:
+            logger.warning("%s; training goes on without perseus", error)
     except Exception as error:
         logger.warning("rank %d: %s: %s; training goes on without perseus", job.rank, type(error).__name__, error)
         logger.debug("details", exc_info=error)
-        return InertSession()
+        tell_failed(store)
+    return InertSession()
+
+
+def tell_failed(store: Store | None = None) -> None:
+    """Tells the other ranks, which open their sessions about now, that this one has failed to. Never raises.
+
+    Args:
+        store: that of the session that failed; by default that of the next one.
+    """
+    try:
+        import torch.distributed as dist
+
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            store = store or _next_store(dist.get_world_size())
+            store.append(round_key(0), records.state(dist.get_rank(), RankState(ready=True, failed=True)))
+    except Exception as error:
+        logger.debug("the other ranks cannot be told", exc_info=error)
+
+
+def prepare(settings: Settings, job: Job, find_device: Callable[[], Device], threads: SideThreads) -> Prepared:
+    """Looks for this rank's GPU and, on rank 0, for what is known of the job. May take a while.
+
+    Args:
+        settings: what the user wants.
+        job: this rank's place.
+        find_device: finds the GPU.
+        threads: time and threads of the planner.
+    """
+    try:
+        device = find_device()
+        # Asked once for everything that is asked of it later, so that nothing waits for the driver then.
+        device.total_energy_j()
+        clocks_mhz = device.supported_clocks_mhz()
+    except PerseusError as error:
+        return Prepared(why_not=str(error))
+    if job.rank != 0:
+        return Prepared(device, clocks_mhz)
+    job = replace(job, key=replace(job.key, gpu_name=device.name, power_limit_w=_power_limit_w(device)))
+    return Prepared(device, clocks_mhz, planner=_planner(settings, job, clocks_mhz, threads))
+
+
+def visible_device(local_rank: int) -> Device:
+    """The visible GPU with this number.
+
+    Raises:
+        PerseusError: if there is none.
+    """
+    devices = visible_devices()
+    if local_rank >= len(devices):
+        raise GpuError(f"local rank {local_rank} has no GPU, {len(devices)} are visible; give each rank its own")
+    return devices[local_rank]
 
 
 def cache_folder(settings: Settings) -> Path | None:
@@ -96,25 +140,32 @@ def cache_folder(settings: Settings) -> Path | None:
         return None
     if settings.profile_cache != "auto":
         return Path(settings.profile_cache)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "perseus"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "perseus"
+    try:
+        return Path.home() / ".cache" / "perseus"
+    except RuntimeError as error:
+        logger.warning("profiles are not kept: %s; set profile_cache to a folder", error)
+        return None
 
 
-def _office(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], background: Background) -> BackgroundPlanner:
+def _planner(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], threads: SideThreads) -> BackgroundPlanner:
     folder = cache_folder(settings)
     cache = None if folder is None else ProfileCache(folder)
     restored = load_state(settings.state_file, job.key) if settings.state_file else None
-    desk = JobPlanner(
+    planner = JobPlanner(
         job.schedule,
         clocks_mhz,
         settings.pick,
         straggler_slowdown=settings.straggler_slowdown,
         frontier_file=settings.frontier_file,
+        now_s=threads.now_s,
     )
     return BackgroundPlanner(
         job,
-        desk,
-        background,
+        planner,
+        threads,
         cache=cache,
         state_file=settings.state_file,
         known_profile=None if cache is None or settings.measure_only else cache.load(job.key),
@@ -122,17 +173,18 @@ def _office(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], backgroun
     )
 
 
-def _ready(device: Device | Callable[[], Device] | None, local_rank: int) -> tuple[Device, tuple[int, ...]]:
-    """The GPU, asked once for everything that is asked of it later, so that nothing waits for the driver then."""
-    if device is None:
-        devices = visible_devices()
-        if local_rank >= len(devices):
-            raise GpuError(f"local rank {local_rank} has no GPU, {len(devices)} are visible; give each rank its own")
-        device = devices[local_rank]
-    elif callable(device):
-        device = device()
-    device.total_energy_j()
-    return device, device.supported_clocks_mhz()
+def _next_store(world_size: int) -> Store:
+    global _num_opened
+    number, _num_opened = _num_opened, _num_opened + 1
+    return LocalStore() if world_size == 1 else job_store(f"perseus{number}")
+
+
+def _power_limit_w(device: Device) -> float:
+    """Part of what a profile depends on; 0 where the driver does not tell."""
+    try:
+        return device.power_limit_w()
+    except GpuError:
+        return 0.0
 
 
 def _local_rank(local_rank: int | None, job: Job) -> int:

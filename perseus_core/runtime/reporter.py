@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import json
+from dataclasses import asdict, dataclass
 
 from perseus_core.runtime.log import Announcer
-from perseus_core.runtime.ranks.decisions import Coordination, Orders, Phase, Reason
-
-if TYPE_CHECKING:
-    from perseus_core.runtime.measure.sweep import Progress
-    from perseus_core.runtime.replan.plan_message import PlanMessage
-    from perseus_core.runtime.settings import Settings
-
+from perseus_core.runtime.measure.sweep import Progress
+from perseus_core.runtime.ranks.decisions import Conclusions, Decisions
+from perseus_core.runtime.ranks.order import Baseline, Order, Phase, Reason
+from perseus_core.runtime.ranks.plan_summary import PlanSummary
+from perseus_core.runtime.ranks.plan_watch import Verdict
+from perseus_core.runtime.ranks.speed_watch import SlowRank
 
 # A GPU that comes and goes is not reported every time.
 _SAY_AGAIN_AFTER = 50
+_MOST_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured under a plan. Energies count one GPU for each stage.
+
+    Attributes:
+        iteration_time_s, energy_j: of an iteration; 0 while not known.
+        saving: share of the baseline's energy that is saved; 0 while not known.
+        iterations: measured iterations under any plan.
+        slow_ranks: ranks that were last seen slower than their profile.
+    """
+
+    iteration_time_s: float = 0.0
+    energy_j: float = 0.0
+    saving: float = 0.0
+    iterations: int = 0
+    slow_ranks: tuple[int, ...] = ()
+
+    def encode(self) -> bytes:
+        """As bytes."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, content: bytes) -> Figures:
+        """From the bytes that `encode` made."""
+        fields = json.loads(content)
+        return cls(**{**fields, "slow_ranks": tuple(fields["slow_ranks"])})
+
+    def metrics(self) -> dict[str, float]:
+        """What goes to a framework's own metrics."""
+        known = {"iteration_time_s": self.iteration_time_s, "energy_j": self.energy_j, "saving": self.saving}
+        return {name: value for name, value in known.items() if value}
 
 
 @dataclass(frozen=True)
 class SessionStatus:
-    """Where a session stands. Energies count one GPU for each stage.
+    """Where a session stands. Energies count one GPU for each stage. What was measured under plans rank 0 knows.
 
     Attributes:
         phase: what it does.
@@ -66,86 +99,103 @@ class SessionStatus:
 
 
 class Reporter:
-    """Tells the user, and remembers what for `SessionStatus`."""
+    """Tells the user, on rank 0.
 
-    def __init__(self, announcer: Announcer, settings: Settings, coordination: Coordination) -> None:
-        """Nothing happened yet."""
+    Attributes:
+        figures: what was measured under plans.
+    """
+
+    def __init__(self, announcer: Announcer, log_interval: int) -> None:
+        """Nothing happened yet.
+
+        Args:
+            announcer: what is said is said through it.
+            log_interval: iterations between lines of what was measured; 0 for the first one only.
+        """
+        self.figures = Figures()
         self._announcer = announcer
-        self._settings = settings
-        self._coordination = coordination
+        self._log_interval = log_interval
         self._verdict_iterations: list[int] = []
-        self._time_s = 0.0
         self._num_verdicts_told = 0
         self._last_told = 0
         self._sweep_clocks_done = -1
-        self._sweep_iterations = 0
         self._baseline_told = False
         self._slow_told: dict[int, int] = {}
 
-    def tell(self, orders: Orders, iteration: int, plan: PlanMessage | None) -> None:
-        """What follows from the heartbeats of an iteration."""
+    # In rank 0's side thread
+
+    def tell(self, decisions: Decisions, conclusions: Conclusions, order: Order) -> None:
+        """What follows from what the ranks have told.
+
+        Args:
+            decisions: the job's state.
+            conclusions: what has just followed.
+            order: the newest.
+        """
         say, warn = self._announcer.say, self._announcer.warn
-        coordination = self._coordination
-        baseline = coordination.baseline
-        if orders.phase_changed and baseline is not None:
-            if coordination.phase in (Phase.PROFILE, Phase.COLLECT) and not self._baseline_told and not plan:
+        baseline, plan = decisions.baseline, order.plan_for(order.usual_microbatches)
+        if conclusions.phase_changed and baseline is not None:
+            if decisions.phase in (Phase.PROFILE, Phase.COLLECT) and not self._baseline_told and not order.plans:
                 self._baseline_told = True
-                say("baseline: %.4g s an iteration%s", baseline.time_s, self._in_joules(baseline.energy_j))
-            elif coordination.phase is Phase.MEASURE_ONLY and self._settings.measure_only:
-                say("measuring only: %.4g s an iteration%s", baseline.time_s, self._in_joules(baseline.energy_j))
-            elif coordination.phase is Phase.MEASURE_ONLY and not orders.aside:
+                say("baseline: %s", _in_words(baseline))
+            elif decisions.phase is Phase.MEASURE_ONLY and decisions.measures_only:
+                say("measuring only: %s", _in_words(baseline))
+            elif decisions.phase is Phase.MEASURE_ONLY and not conclusions.aside:
                 warn("without a plan iterations are faster: clocks are left to the driver from now on")
-        slow = orders.slow_rank
-        if slow is not None and slow.iteration >= self._slow_told.get(slow.rank, -_SAY_AGAIN_AFTER) + _SAY_AGAIN_AFTER:
-            self._slow_told[slow.rank] = slow.iteration
-            stage = int(coordination.introductions[slow.rank].stage)
-            warn(
-                "stage %d (rank %d) is %.0f %% slower than its profile: its instructions of iteration %d took %.4g s, "
-                "expected %.4g s%s",
-                stage,
-                slow.rank,
-                100 * slow.speed.slowness,
-                slow.iteration,
-                slow.speed.seen_s,
-                slow.speed.expected_s,
-                "; power or heat holds its clock down" if slow.speed.throttled else "",
-            )
-        if orders.verdict is not None:
-            self._judge(orders, plan)
-        if orders.phase_changed and coordination.phase is Phase.COLLECT and plan is not None:
-            if coordination.reason is Reason.SPEED_CHANGED:
+        if conclusions.slow_rank is not None:
+            self._tell_slow(conclusions.slow_rank)
+        if conclusions.verdict is not None:
+            self._judge(decisions, conclusions.verdict, plan)
+        if conclusions.phase_changed and decisions.phase is Phase.COLLECT and order.plans:
+            if decisions.reason is Reason.SPEED_CHANGED:
                 say("planning anew for the speed that the GPUs have now")
-            elif coordination.reason is Reason.RECOVERED:
+            elif decisions.reason is Reason.RECOVERED:
                 say("planning anew: the GPU that was slow may have recovered")
-            elif coordination.reason is Reason.BASELINE_CHANGED and baseline is not None:
+            elif decisions.reason is Reason.BASELINE_CHANGED and baseline is not None:
                 say("the job itself has become slower: %.4g s an iteration without a plan now", baseline.time_s)
 
-    def _judge(self, orders: Orders, plan: PlanMessage | None) -> None:
-        verdict, baseline = orders.verdict, self._coordination.baseline
-        assert verdict is not None
-        self._verdict_iterations = (self._verdict_iterations + list(verdict.iterations))[-1000:]
-        self._time_s = verdict.time_s
+    def _tell_slow(self, slow: SlowRank) -> None:
+        if slow.iteration < self._slow_told.get(slow.rank, -_SAY_AGAIN_AFTER) + _SAY_AGAIN_AFTER:
+            return
+        self._slow_told[slow.rank] = slow.iteration
+        self._announcer.warn(
+            "stage %d (rank %d) is %.0f %% slower than its profile: its instructions of iteration %d took %.4g s, "
+            "expected %.4g s%s",
+            slow.stage,
+            slow.rank,
+            100 * slow.slowness,
+            slow.iteration,
+            slow.seen_s,
+            slow.expected_s,
+            "; power or heat holds its clock down" if slow.throttled else "",
+        )
+
+    def _judge(self, decisions: Decisions, verdict: Verdict, plan: PlanSummary | None) -> None:
+        baseline = decisions.baseline
+        self._verdict_iterations = (self._verdict_iterations + list(verdict.iterations))[-_MOST_ITERATIONS:]
         if baseline is None or plan is None:
             return
         slowdown = verdict.time_s / baseline.time_s - 1
-        energy_j = self._coordination.iteration_energy_j(verdict.iterations)
-        self._announcer.measure("iteration_time_s", verdict.time_s)
-        if energy_j:
-            self._announcer.measure("energy_j", energy_j)
-            if baseline.energy_j:
-                self._announcer.measure("saving", 1 - energy_j / baseline.energy_j)
+        energy_j = decisions.iteration_energy_j(verdict.iterations)
+        saving = 1 - energy_j / baseline.energy_j if energy_j and baseline.energy_j else 0.0
+        self.figures = Figures(
+            verdict.time_s,
+            decisions.iteration_energy_j(self._verdict_iterations) or 0.0,
+            saving,
+            len(self._verdict_iterations),
+            decisions.slow_ranks,
+        )
         if verdict.is_slow:
-            allowed = plan.limit_time_s / baseline.time_s - 1
             self._announcer.say(
                 "iterations take %+.2f %% time, allowed are %+.2f %%: %s",
                 100 * slowdown,
-                100 * allowed,
+                100 * (plan.limit_time_s / baseline.time_s - 1),
                 "after all corrections, so the job is measured without a plan again"
-                if self._coordination.phase is Phase.RECHECK
+                if decisions.phase is Phase.RECHECK
                 else "correcting the plan by what was seen",
             )
             return
-        due = self._settings.log_interval and verdict.iterations[-1] - self._last_told >= self._settings.log_interval
+        due = self._log_interval and verdict.iterations[-1] - self._last_told >= self._log_interval
         if self._num_verdicts_told == 0 or due:
             self._num_verdicts_told += 1
             self._last_told = verdict.iterations[-1]
@@ -153,20 +203,20 @@ class Reporter:
                 "measured in iterations %d to %d: %s%+.2f %% time",
                 verdict.iterations[0],
                 verdict.iterations[-1],
-                f"{100 * (1 - energy_j / baseline.energy_j):.1f} % less energy, "
-                if energy_j and baseline.energy_j
-                else "",
+                f"{100 * saving:.1f} % less energy, " if saving else "",
                 100 * slowdown,
             )
 
-    def plan_applied(self, plan: PlanMessage, iteration: int) -> None:
+    # On rank 0's training thread
+
+    def plan_applied(self, plan: PlanSummary, iteration: int, usual_microbatches: int) -> None:
         """A plan is in force."""
         self._num_verdicts_told = 0
         self._verdict_iterations = []
         self._announcer.say(
             "plan%s applied from iteration %d: %.1f %% less energy, %+.1f %% time promised, within %.2f %% of the "
             "bound (solved in %.2g s)",
-            "" if plan.num_microbatches == self._usual else f" for {plan.num_microbatches} microbatches",
+            "" if plan.num_microbatches == usual_microbatches else f" for {plan.num_microbatches} microbatches",
             iteration,
             100 * plan.saving,
             100 * plan.slowdown,
@@ -178,7 +228,7 @@ class Reporter:
         """How far profiling is."""
         if progress is None or progress.clocks_done == self._sweep_clocks_done:
             return
-        self._sweep_clocks_done, self._sweep_iterations = progress.clocks_done, progress.iterations_done
+        self._sweep_clocks_done = progress.clocks_done
         self._announcer.say("%s", progress)
         if progress.clock_mhz is None:
             for note in notes:
@@ -197,47 +247,19 @@ class Reporter:
             "order", "an iteration ran in another order than planned; such run at the clocks the driver chooses"
         )
 
-    def end(self, plan: PlanMessage | None) -> None:
+    def end(self, order: Order) -> None:
         """The session ends."""
-        baseline = self._coordination.baseline
-        energy_j = self._coordination.iteration_energy_j(self._verdict_iterations)
-        if plan is not None and baseline is not None and baseline.energy_j and energy_j:
+        baseline, plan, figures = order.baseline, order.plan_for(order.usual_microbatches), self.figures
+        if plan is not None and baseline is not None and baseline.energy_j and figures.energy_j:
             self._announcer.say(
                 "under the plan: %.1f %% less energy and %+.2f %% time an iteration (promised %.1f %% and %+.2f %%)",
-                100 * (1 - energy_j / baseline.energy_j),
-                100 * (self._time_s / baseline.time_s - 1),
+                100 * (1 - figures.energy_j / baseline.energy_j),
+                100 * (figures.iteration_time_s / baseline.time_s - 1),
                 100 * plan.saving,
                 100 * plan.slowdown,
             )
 
-    def status(
-        self, iterations: int, plan: PlanMessage | None, progress: Progress | None, *, failed: bool
-    ) -> SessionStatus:
-        """Where the session stands."""
-        baseline = self._coordination.baseline
-        return SessionStatus(
-            Phase.STEPPED_ASIDE if failed else self._coordination.phase,
-            iterations,
-            "" if progress is None else str(progress),
-            0.0 if baseline is None else baseline.time_s,
-            0.0 if baseline is None else baseline.energy_j,
-            0 if plan is None else plan.number,
-            0.0 if plan is None else plan.saving,
-            0.0 if plan is None else plan.slowdown,
-            0.0 if plan is None else plan.gap,
-            0.0 if plan is None else plan.solve_s,
-            self._time_s,
-            self._coordination.iteration_energy_j(self._verdict_iterations) or 0.0,
-            len(self._verdict_iterations),
-            self._sweep_iterations,
-            self._coordination.slow_ranks,
-        )
 
-    @property
-    def _usual(self) -> int:
-        baseline = self._coordination.baseline
-        return 0 if baseline is None else baseline.num_microbatches
-
-    @staticmethod
-    def _in_joules(energy_j: float) -> str:
-        return f", {energy_j:.4g} J" if energy_j else ""
+def _in_words(baseline: Baseline) -> str:
+    energy = f", {baseline.energy_j:.4g} J" if baseline.energy_j else ""
+    return f"{baseline.time_s:.4g} s an iteration{energy}"

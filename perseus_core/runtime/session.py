@@ -1,17 +1,22 @@
 """The session: one object per rank that an adapter tells what training does, and that does all the rest.
 
-Warm up (measure the job as it is) -> profile -> solve, in the background on rank 0 -> run -> watch. All work happens at
-the iterations' boundaries and is small; what is slow happens in side threads; nothing waits for another rank for good.
+Warm up (measure the job as it is) -> profile -> solve, in the background on rank 0 -> run -> watch. All work on the
+training thread happens at the iterations' boundaries and is small; what is slow happens in side threads; nothing waits
+for another rank.
 """
 
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from perseus_core.gpu.device import Device
 from perseus_core.planning.policy import Policy
 from perseus_core.planning.schedule import Kind
-from perseus_core.runtime.background import Background
+from perseus_core.runtime.clock.give_back import GuardedClock
+from perseus_core.runtime.clock.settable_clock import Guard
 from perseus_core.runtime.clock.stage_clocks import StageClocks
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, logger
@@ -19,21 +24,42 @@ from perseus_core.runtime.measure.events import EventSource
 from perseus_core.runtime.measure.meter import Meter
 from perseus_core.runtime.measure.recorder import Expectation, Record
 from perseus_core.runtime.measure.sweep import SweepSettings
-from perseus_core.runtime.ranks.decisions import ActivePlan, Coordination, Limits, Orders, Phase, Reason
-from perseus_core.runtime.ranks.exchange import Exchange, ExchangeError, Parcel
-from perseus_core.runtime.ranks.heartbeat import Heartbeat, Introduction, heartbeats, introductions
+from perseus_core.runtime.rank_zero import RankZero
+from perseus_core.runtime.ranks import records
+from perseus_core.runtime.ranks.conversation import Conversation, RankZeroUnheard
+from perseus_core.runtime.ranks.decisions import Limits
+from perseus_core.runtime.ranks.order import Order, Phase, Reason
+from perseus_core.runtime.ranks.records import RankState
+from perseus_core.runtime.ranks.store import Store, StoreError
 from perseus_core.runtime.replan.background_planner import BackgroundPlanner
-from perseus_core.runtime.replan.plan_message import PlanMessage, StagePlan
+from perseus_core.runtime.replan.plan_message import StagePlan
 from perseus_core.runtime.replan.rank_report import RankReport, said_orders
-from perseus_core.runtime.reporter import Reporter, SessionStatus
+from perseus_core.runtime.reporter import Figures, Reporter, SessionStatus
 from perseus_core.runtime.settings import Settings
+from perseus_core.runtime.side_threads import SideThreads
 
-# Rows of two iterations ago have arrived long since. Where one has not, a rank is late, and so will be what follows.
-_ROW_PATIENCE_S = 0.25
-# Training keeps ranks within an iteration of each other. One that is so far behind has stopped talking.
-_MOST_ITERATIONS_BEHIND = 16
-_LEAVING_S = 2.0
+# What a session may take of training when it ends, whatever hangs.
+_ENDING_S = 0.9
+# A driver or a file system that has not answered by then has hung.
+_PREPARING_LIMIT_S = 20.0
 _SWEEP_MAX_ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is found out beside training when a session opens: it may take a driver or a file system a while.
+
+    Attributes:
+        device: this rank's GPU; none where there is none to be had.
+        supported_clocks_mhz: of it.
+        why_not: without a GPU, the reason.
+        planner: on rank 0, with a GPU.
+    """
+
+    device: Device | None = None
+    supported_clocks_mhz: tuple[int, ...] = field(default=(), repr=False)
+    why_not: str = ""
+    planner: BackgroundPlanner | None = None
 
 
 class Session:
@@ -43,59 +69,72 @@ class Session:
         self,
         settings: Settings,
         job: Job,
-        device: Device | None,
         events: EventSource,
-        exchange: Exchange,
+        store: Store,
         *,
+        prepare: Callable[[], Prepared],
+        threads: SideThreads,
         announcer: Announcer,
-        office: BackgroundPlanner | None = None,
-        background: Background | None = None,
-        why_not: str = "",
+        guard: Guard = GuardedClock,
     ) -> None:
-        """Meets the other ranks, which make theirs at the same place. Adapters call `opening.open_session`.
+        """Waits for nobody. Adapters call `opening.open_session`.
 
         Args:
             settings: what the user wants.
             job: this rank's place.
-            device: its GPU; none where there is none to be had.
             events: marks on its compute stream.
-            exchange: connection to the other ranks.
+            store: what the ranks talk through.
+            prepare: looks for the GPU and whatever else may take a while, in a side thread.
+            threads: time and threads.
             announcer: what is said is said through it.
-            office: on rank 0, the planner.
-            background: the side thread that `office` uses.
-            why_not: without a GPU, the reason.
-
-        Raises:
-            ExchangeError: if the other ranks cannot be met.
+            guard: makes the clock that is set, and given back.
         """
-        self._settings, self._job, self._exchange = settings, job, exchange
+        self._settings, self._job = settings, job
         self._record_event = events.record
-        self._office, self._background = office, background
-        self._why_not = why_not
-        self._meter = Meter(job.stage, device)
-        self._device = device
-        self._clocks = StageClocks(None if settings.measure_only else device, settings.switch_latency_s)
-        self._coordination = Coordination(introductions(exchange.introduce(self._introduction().row())), self._limits())
-        self._chronicle = Reporter(announcer, settings, self._coordination)
+        self._threads, self._guard = threads, guard
+        self._announcer = announcer
+        self._opened_s = threads.now_s()
+        self._preparing: Future[Prepared] | None = threads.run(prepare)
+        self._prepared = Prepared()
+        self._meter = Meter(job.stage, None, threads)
+        self._clocks = StageClocks(None, settings.switch_latency_s, threads=threads)
+        self._conversation = Conversation(
+            store,
+            threads,
+            rank=job.rank,
+            world_size=job.world_size,
+            stage=job.stage,
+            data_parallel_rank=job.data_parallel_rank,
+            wants_figures=announcer.has_metric,
+        )
+        self._store = store
+        self._reporter = Reporter(announcer, settings.log_interval)
+        self._rank_zero: RankZero | None = None
+        if job.rank == 0:
+            self._rank_zero = RankZero(
+                store,
+                threads,
+                world_size=job.world_size,
+                limits=_limits(settings),
+                announcer=announcer,
+                reporter=self._reporter,
+                iteration=lambda: self._iteration,
+            )
 
         self._iteration = 0
         self._record: Record | None = None
-        self._order: StagePlan | None = None  # what the iteration should execute, where that is known
-        self._plans: dict[int, PlanMessage] = {}
-        self._arrived: dict[int, PlanMessage] = {}
-        self._received = 0
-        self._expected_plan_bytes: Parcel | None = None
-        self._expected_parts: Parcel | None = None
-        self._part_number, self._part = 0, b""
+        self._order = Order()  # the one in force
+        self._awaited = Order()  # the newest, which may hold from a later iteration on
+        self._stage_plan: StagePlan | None = None  # what the iteration should execute, where that is known
+        self._stage_plans: dict[int, StagePlan] = {}
+        self._collected = 0
         self._straggler_slowdown = settings.straggler_slowdown
-        self._told_slowdown = settings.straggler_slowdown
-        self._last_verdict_s = 0.0
-        self._num_rows_sent = 0
-        self._leaving_s = _LEAVING_S
-        self._failed = self._deaf = self._closed = False
+        self._figures_handed_on = b""
+        self._failed = self._closed = False
 
-        self._meter.start()
-        self._clocks.start()
+        self._conversation.start()
+        if self._rank_zero is not None:
+            self._rank_zero.start()
         atexit.register(self.close)
 
     # What the adapter calls
@@ -106,8 +145,10 @@ class Session:
             if self._record is not None:
                 self._end(complete=False)  # the framework left the last one by an exception
             number, self._iteration = self._iteration, self._iteration + 1
-            self._hear(number)
             if self._is_silent:
+                return
+            self._look_at_order(number)
+            if self._is_silent or self._preparing is not None:
                 return
             expectation = self._set_out(num_microbatches if training else 0)
             self._record = Record(number, num_microbatches if training else 0, self._record_event(), expectation)
@@ -123,10 +164,10 @@ class Session:
             event = self._record_event()
             self._clocks.instruction_begins(event)
             step = (chunk, microbatch, kind)
-            order = self._order
-            if order is not None and record.in_order:
+            plan = self._stage_plan
+            if plan is not None and record.in_order:
                 place = len(record.steps)
-                if place >= len(order.steps) or order.steps[place] != step:
+                if place >= len(plan.steps) or plan.steps[place] != step:
                     self._leave_order(record)
             record.steps.append(step)
             record.begins.append(event)
@@ -151,33 +192,28 @@ class Session:
             self._end(complete=True)
         except Exception as error:
             self._fail(error)
-            self._say_failed()
 
     def fail(self, error: Exception) -> None:
         """The adapter has failed and will pass nothing on any more: all ranks hear of it, and go on without us."""
         self._fail(error)
-        self._say_failed()
-        # The others answer when their iteration ends. It will not end before this rank goes on.
-        self._leaving_s = 0.0
 
     def close(self) -> None:
-        """Gives the clock back and leaves. Any number of times; takes some seconds at most, whatever hangs."""
+        """Gives the clock back and leaves. Any number of times; takes a second at most, whatever hangs."""
         if self._closed:
             return
         self._closed = True
         try:
             atexit.unregister(self.close)
-            self._release()
-            self._exchange.close(self._leaving_s)
-            self._chronicle.end(self._plans.get(self._usual_microbatches))
+            self._release(_ENDING_S, failed=self._failed)
+            self._reporter.end(self._order)
         except Exception as error:
             logger.debug("leaving failed", exc_info=error)
 
     def set_policy(self, policy: Policy) -> None:
         """From now on another policy picks the point of the frontier. Call it on rank 0; elsewhere it does nothing."""
         try:
-            if self._office is not None:
-                self._office.change_policy(policy, None)
+            if self._prepared.planner is not None:
+                self._prepared.planner.change_policy(policy, None)
         except Exception as error:
             self._fail(error)
 
@@ -187,106 +223,86 @@ class Session:
 
     def status(self) -> SessionStatus:
         """Where the session stands."""
-        return self._chronicle.status(
+        baseline, plan = self._order.baseline, self._order.plan_for(self._order.usual_microbatches)
+        progress, figures = self._meter.sweep_progress, self._reporter.figures
+        return SessionStatus(
+            Phase.STEPPED_ASIDE if self._failed else self._order.phase,
             self._iteration,
-            self._plans_in_force.get(self._usual_microbatches),
-            self._meter.sweep_progress,
-            failed=self._failed,
+            "" if progress is None else str(progress),
+            0.0 if baseline is None else baseline.time_s,
+            0.0 if baseline is None else baseline.energy_j,
+            0 if plan is None else plan.number,
+            0.0 if plan is None else plan.saving,
+            0.0 if plan is None else plan.slowdown,
+            0.0 if plan is None else plan.gap,
+            0.0 if plan is None else plan.solve_s,
+            figures.iteration_time_s,
+            figures.energy_j,
+            figures.iterations,
+            0 if progress is None else progress.iterations_done,
+            figures.slow_ranks,
         )
 
     # An iteration's beginning
 
-    def _hear(self, number: int) -> None:
-        """Takes in what the ranks told two iterations ago and does what follows from it."""
-        if self._deaf:
+    def _look_at_order(self, number: int) -> None:
+        """Does what rank 0 wants of this rank, as far as that is known here."""
+        self._take_prepared()
+        if self._conversation.failure is not None:
+            raise self._conversation.failure
+        if self._rank_zero is not None and self._rank_zero.failure is not None:
+            raise self._rank_zero.failure
+        newest = self._conversation.order
+        if newest is not self._awaited:
+            self._awaited = newest
+            if newest.collection > self._collected:
+                self._collected = newest.collection
+                self._conversation.report(newest.collection, self._make_report(newest).encode())
+        # One that holds from an iteration which is over already came late. That harms nothing: it holds from now on.
+        if newest is not self._order and newest.from_iteration <= number:
+            self._obey(newest, number)
+        figures = self._conversation.figures
+        if figures is not self._figures_handed_on:
+            self._figures_handed_on = figures
+            for name, value in Figures.decode(figures).metrics().items():
+                self._announcer.measure(name, value)
+
+    def _obey(self, order: Order, number: int) -> None:
+        before, self._order = self._order, order
+        for plan in order.plans:
+            if plan.number not in self._stage_plans:
+                content = self._conversation.plan(plan.number)
+                assert content is not None, "a plan runs when all ranks have it"
+                self._stage_plans[plan.number] = StagePlan.decode(content)
+                self._reporter.plan_applied(plan, number, order.usual_microbatches)
+        running = {plan.number for plan in order.plans}
+        self._stage_plans = {plan: stage for plan, stage in self._stage_plans.items() if plan in running}
+        if order.phase is before.phase:
             return
-        for rows in self._exchange.arrived_rows(number - 1, 0.0 if self._is_silent else _ROW_PATIENCE_S):
-            if self._failed:
-                continue
-            beats = heartbeats(rows)
-            self._obey(self._coordination.observe(beats), beats)
-        if number - self._coordination.observed > _MOST_ITERATIONS_BEHIND:
-            if not self._is_silent:
-                raise ExchangeError("the other ranks have not been heard of for many iterations")
-            self._deaf = True  # after one of all ranks has failed there is nothing more to tell
-        elif not self._failed:
-            self._take_parcels()
-
-    def _obey(self, orders: Orders, beats: list[Heartbeat]) -> None:
-        coordination = self._coordination
-        if orders.phase_changed and coordination.phase is Phase.PROFILE:
-            self._start_sweep()
-        if orders.verdict is not None:
-            self._last_verdict_s = orders.verdict.time_s
-        if coordination.collection > self._part_number:
-            self._part_number = coordination.collection
-            self._part = self._make_part()
-        if orders.collect_sizes is not None:
-            self._expected_parts = self._exchange.collect(self._part, orders.collect_sizes)
-        if orders.distribute_bytes is not None:
-            content = None if self._office is None else self._office.plan_after(coordination.plan)
-            self._expected_plan_bytes = self._exchange.distribute(content, orders.distribute_bytes)
-        if orders.apply is not None:
-            self._apply(self._arrived.pop(orders.apply))
-        if orders.wanted_microbatches and self._office is not None:
-            self._office.plan_for(orders.wanted_microbatches)
-        slowdown = max(b.straggler_slowdown for b in beats)
-        if slowdown != self._told_slowdown:
-            self._told_slowdown = slowdown
-            if self._office is not None:
-                self._office.change_policy(None, slowdown)
-        if orders.aside and self._job.rank == min(orders.aside) and not self._failed:
+        if order.speaker == self._job.rank:
             logger.warning("%s; all GPUs go on at the clocks the driver chooses, measuring only", self._reason_aside())
-        self._chronicle.tell(orders, self._iteration - 1, self._plans.get(self._usual_microbatches))
-        if coordination.phase in (Phase.STEPPED_ASIDE, Phase.MEASURE_ONLY) and orders.phase_changed:
-            self._plans.clear()
-            self._clocks.stop()
-        if coordination.phase is Phase.STEPPED_ASIDE and orders.phase_changed:
-            self._release()
-
-    def _take_parcels(self) -> None:
-        if self._expected_parts is not None and (parts := self._expected_parts.content()) is not None:
-            self._expected_parts = None
-            baseline = self._coordination.baseline
-            if self._office is not None and baseline is not None:
-                self._office.plan_from(parts, self._coordination.reason, baseline, self._last_verdict_s)
-        if self._expected_plan_bytes is not None and (contents := self._expected_plan_bytes.content()) is not None:
-            self._expected_plan_bytes = None
-            message = PlanMessage.decode(contents[0])
-            self._arrived[message.number] = message
-            self._received = message.number
-
-    def _apply(self, message: PlanMessage) -> None:
-        if message.num_microbatches == self._usual_microbatches:
-            self._plans.clear()  # plans for other numbers of microbatches were made from older measurements
-            active = ActivePlan(
-                message.number,
-                message.num_microbatches,
-                message.limit_time_s,
-                message.promised_time_s,
-                message.saving,
-            )
-            self._coordination.begin_watching(active, self._iteration - 1)
-        self._plans[message.num_microbatches] = message
-        self._chronicle.plan_applied(message, self._iteration - 1)
+        if order.phase is Phase.PROFILE:
+            self._start_sweep()
+        elif order.phase is Phase.MEASURE_ONLY:
+            self._clocks.stop(0.0)
+        elif order.phase is Phase.STEPPED_ASIDE:
+            self._release(0.0, failed=False)
 
     def _set_out(self, num_microbatches: int) -> Expectation:
         """Sees to the clocks of the iteration that begins, and says what is expected of it."""
-        phase = self._coordination.phase
-        plan = self._plans_in_force.get(num_microbatches)
-        self._order = None
+        order, self._stage_plan = self._order, None
+        plan = None if order.phase is Phase.RECHECK else order.plan_for(num_microbatches)
         if plan is not None:
-            stage = plan.stages[self._job.stage]
-            self._order = stage
+            self._stage_plan = stage = self._stage_plans[plan.number]
             self._clocks.follow(stage.clocks)
             durations_s = tuple(planned.duration_s for planned in stage.clocks)
             return Expectation(plan.number, None, durations_s, tuple(planned.clock_mhz for planned in stage.clocks))
-        if phase is Phase.PROFILE and num_microbatches == self._usual_microbatches:
+        if order.phase is Phase.PROFILE and num_microbatches == order.usual_microbatches:
             clock_mhz = self._meter.sweep_clock_mhz
             self._clocks.hold(clock_mhz)
             return Expectation(held_mhz=clock_mhz)
-        if self._plans_in_force:
-            self._chronicle.cannot_follow(num_microbatches)
+        if order.plans and order.phase is not Phase.RECHECK:
+            self._reporter.cannot_follow(num_microbatches)
         self._clocks.hold(None)
         return Expectation()
 
@@ -294,7 +310,7 @@ class Session:
         """Something else is executed than was planned: the rest of the iteration runs at the driver's clocks."""
         record.in_order = False
         self._clocks.hold(None)
-        self._chronicle.order_differs()
+        self._reporter.order_differs()
 
     # An iteration's end
 
@@ -303,106 +319,93 @@ class Session:
         if record is not None:
             self._clocks.end_iteration()
             whole = len(record.steps) == len(record.ends)
-            if self._order is not None and len(record.steps) != len(self._order.steps):
+            if self._stage_plan is not None and len(record.steps) != len(self._stage_plan.steps):
                 record.in_order = False
             if complete and whole:
                 record.end = self._record_event()
                 self._meter.recorder.keep(record)
         if self._is_silent:
-            self._say_failed()
             return
         self._meter.take_in()
-        beat = self._meter.tell(Heartbeat(self._iteration - 1))
-        plan = None
-        if self._office is not None:
-            plan = self._office.plan_after(self._coordination.plan)
-        self._send(
-            beat._replace(
-                can_lock=float(self._clocks.can_be_set),
-                part=self._part_number,
-                part_bytes=len(self._part),
-                plan=self._coordination.plan + 1 if plan is not None else 0,
-                plan_bytes=0 if plan is None else len(plan),
-                received=self._received,
-                straggler_slowdown=self._straggler_slowdown,
+        rank, tell = self._job.rank, self._conversation.tell
+        for t in self._meter.new_timings():
+            tell(
+                records.iteration_time(
+                    rank, t.iteration, t.num_microbatches, t.span_s, t.seen_s, t.expected_s, t.throttled
+                )
             )
-        )
-        self._chronicle.sweeping(self._meter.sweep_progress, self._meter.sweep_notes)
+        for iteration, energy_j in self._meter.new_energies_j():
+            tell(records.iteration_energy(rank, iteration, energy_j))
+        self._conversation.tell_state(self._state())
+        self._reporter.sweeping(self._meter.sweep_progress, self._meter.sweep_notes)
 
-    # Phases
-
-    def _introduction(self) -> Introduction:
-        known = restored = None
-        if self._office is not None:
-            known, restored = self._office.known_profile, self._office.restored
-        baseline = None if restored is None else restored.job.baseline
-        return Introduction(
-            self._job.stage,
-            self._job.data_parallel_rank,
-            float(self._clocks.can_be_set),
-            float(self._device is not None),
-            float(known is not None),
-            float(restored is not None),
-            0.0 if baseline is None else baseline.time_s,
-            0.0 if baseline is None else baseline.energy_j,
-            0.0 if baseline is None else baseline.num_microbatches,
+    def _state(self, *, left: bool = False) -> RankState:
+        return RankState(
+            ready=self._preparing is None,
+            can_lock=self._clocks.can_be_set,
+            failed=self._failed,
+            left=left,
+            swept=self._meter.has_swept,
+            straggler_slowdown=self._straggler_slowdown,
         )
 
-    def _limits(self) -> Limits:
-        s = self._settings
-        return Limits(
-            s.measure_only,
-            s.warmup_iterations,
-            s.baseline_iterations,
-            s.watch_iterations,
-            s.tolerance,
-            s.slow_gpu,
-        )
+    # Opening, and what is asked of this rank
+
+    def _take_prepared(self) -> None:
+        """Takes what the side thread has found, once it is there, or goes on without."""
+        if self._preparing is None:
+            return
+        if self._preparing.done():
+            self._prepared = self._preparing.result()
+        elif self._threads.now_s() - self._opened_s > _PREPARING_LIMIT_S:
+            self._prepared = Prepared(why_not=f"the GPU driver has not answered for {_PREPARING_LIMIT_S:g} s")
+        else:
+            return
+        self._preparing = None
+        device = self._prepared.device
+        self._meter = Meter(self._job.stage, device, self._threads)
+        self._meter.start()
+        settable = None if self._settings.measure_only else device
+        self._clocks = StageClocks(settable, self._settings.switch_latency_s, threads=self._threads, guard=self._guard)
+        self._clocks.start()
+        if self._rank_zero is not None:
+            self._rank_zero.planner = self._prepared.planner
+        self._conversation.tell_state(self._state())
 
     def _start_sweep(self) -> None:
-        assert self._device is not None, "ranks without a GPU do not profile"
         least = self._settings.profile_iterations
         thoroughness = SweepSettings(
             num_clocks=self._settings.profile_clocks,
             min_iterations=least,
             max_iterations=max(least, _SWEEP_MAX_ITERATIONS),
         )
-        self._meter.start_sweep(self._device.supported_clocks_mhz(), thoroughness)
+        self._meter.start_sweep(self._prepared.supported_clocks_mhz, thoroughness)
 
-    def _make_part(self) -> bytes:
-        reason = self._coordination.reason
-        pipeline_time_s = self._meter.unlocked_pipeline_time_s(self._usual_microbatches)
+    def _make_report(self, order: Order) -> RankReport:
+        rank, meter, reason = self._job.rank, self._meter, order.reason
+        pipeline_time_s = meter.unlocked_pipeline_time_s(order.usual_microbatches)
         if reason is Reason.BASELINE_CHANGED:
-            return RankReport(self._meter.no_measurements(), pipeline_time_s=pipeline_time_s).encode()
+            return RankReport(rank, meter.no_measurements(), pipeline_time_s=pipeline_time_s)
         if reason is not Reason.PROFILED:
-            stretches = self._meter.stretches(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
-            return RankReport(self._meter.no_measurements(), stretches).encode()
-        said = said_orders(self._job, self._usual_microbatches)
-        follows = bool(said) and self._meter.traced == said[self._job.stage]
+            stretches = meter.stretches(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
+            return RankReport(rank, meter.no_measurements(), stretches)
+        said = said_orders(self._job, order.usual_microbatches)
+        follows = bool(said) and meter.traced == said[self._job.stage]
         return RankReport(
-            self._meter.measurements(),
-            traced=() if follows else self._meter.traced,
+            rank,
+            meter.measurements(),
+            traced=() if follows else meter.traced,
             pipeline_time_s=pipeline_time_s,
-        ).encode()
-
-    @property
-    def _usual_microbatches(self) -> int:
-        baseline = self._coordination.baseline
-        return -1 if baseline is None else baseline.num_microbatches
-
-    @property
-    def _plans_in_force(self) -> dict[int, PlanMessage]:
-        """By number of microbatches."""
-        return {} if self._coordination.phase is Phase.RECHECK else self._plans
+        )
 
     # When something is wrong
 
     @property
     def _is_silent(self) -> bool:
-        return self._failed or self._coordination.phase is Phase.STEPPED_ASIDE
+        return self._failed or self._closed or self._order.phase is Phase.STEPPED_ASIDE
 
     def _reason_aside(self) -> str:
-        return str(self._clocks.failure or self._why_not or "this job measures only")
+        return str(self._clocks.failure or self._prepared.why_not or "this job measures only")
 
     def _fail(self, error: Exception) -> None:
         """Says once what went wrong, gives the clock back, and lets training go on without us."""
@@ -410,29 +413,44 @@ class Session:
             return
         self._failed = True
         self._record = None
-        self._deaf = isinstance(error, ExchangeError)
-        logger.warning("rank %d: %s: %s; training goes on without perseus", self._job.rank, type(error).__name__, error)
+        self._say(error)
         logger.debug("details", exc_info=error)
         try:
-            self._release()
+            self._release(0.0, failed=True)
         except Exception as second:
             logger.debug("releasing failed", exc_info=second)
 
-    def _say_failed(self) -> None:
-        """Every rank sends a row for every iteration, also one that has given up: the others must not wait for it."""
-        try:
-            while self._num_rows_sent < self._iteration and not self._deaf:
-                self._send(Heartbeat(self._num_rows_sent, failed=float(self._failed)))
-        except Exception as error:
-            self._deaf = True
-            logger.debug("the other ranks cannot be told", exc_info=error)
+    def _say(self, error: Exception) -> None:
+        """A failure of one rank is said there; one that all ranks have at the same time by one of them."""
+        rank = self._job.rank
+        if isinstance(error, RankZeroUnheard) and not self._store.is_first("unheard"):
+            return
+        # Where the store is gone nobody can agree on who speaks. Rank 0 may be gone with it.
+        if isinstance(error, StoreError) and rank > 1:
+            return
+        logger.warning("rank %d: %s: %s; training goes on without perseus", rank, type(error).__name__, error)
 
-    def _send(self, beat: Heartbeat) -> None:
-        self._num_rows_sent += 1
-        self._exchange.send_row(beat.row())
+    def _release(self, limit_s: float, *, failed: bool) -> None:
+        """Gives the clock back and ends all side threads; waits for them no longer than `limit_s` in all."""
+        until_s = self._threads.now_s() + limit_s
+        self._conversation.leave(self._state(left=True))
+        if self._rank_zero is not None:
+            self._rank_zero.leave(failed=failed)
+        self._meter.stop(0.0)
+        self._clocks.stop(limit_s)
+        for join in (self._conversation.join, self._meter.stop):
+            join(max(0.0, until_s - self._threads.now_s()))
+        if self._rank_zero is not None:
+            self._rank_zero.join(max(0.0, until_s - self._threads.now_s()))
+        self._threads.close()
 
-    def _release(self) -> None:
-        self._clocks.stop()
-        self._meter.stop()
-        if self._background is not None:
-            self._background.close()
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        settings.measure_only,
+        settings.warmup_iterations,
+        settings.baseline_iterations,
+        settings.watch_iterations,
+        settings.tolerance,
+        settings.slow_gpu,
+    )

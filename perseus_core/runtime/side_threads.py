@@ -6,6 +6,7 @@ for anybody, and returns what to wait for until it is called again. `OwnThreads`
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
@@ -13,6 +14,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
+
+from perseus_core.runtime.log import logger
 
 T = TypeVar("T")
 
@@ -45,7 +48,10 @@ class SideThreads(Protocol):
         """The time of all measurements [s]; it only grows."""
 
     def start(self, name: str, step: Step) -> SideThread:
-        """Calls `step` again and again, beside training, until it returns None. What it raises ends it silently."""
+        """Calls `step` again and again, beside training, until it returns None.
+
+        One that has something to say of its own errors catches them; what it raises ends it, and only debugging tells.
+        """
 
     def run(self, task: Callable[[], T]) -> Future[T]:
         """Does something slow beside training, one task after another; ask the future whether it is `done()`."""
@@ -95,20 +101,26 @@ class OwnThreads:
 class _OwnThread:
     def __init__(self, name: str, step: Step) -> None:
         self._step = step
-        self._woken = threading.Event()
+        # No `threading.Event`: waking costs the training thread less, and a forked child finds no lock held.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        self._woken.set()
+        if self._wakes.empty():
+            self._wakes.put(None)
 
     def join(self, limit_s: float) -> bool:
-        self._thread.join(limit_s)
+        self._thread.join(max(0.0, limit_s))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while (wait := self._step()) is not None:
-            if not isinstance(wait, (int, float)):
-                wait.wait()
-            elif self._woken.wait(None if wait == math.inf else max(0.0, wait)):
-                self._woken.clear()
+        try:
+            while (wait := self._step()) is not None:
+                if not isinstance(wait, (int, float)):
+                    wait.wait()
+                else:
+                    with contextlib.suppress(queue.Empty):
+                        self._wakes.get(timeout=None if wait == math.inf else max(0.0, wait))
+        except Exception as error:
+            logger.debug("%s has ended", self._thread.name, exc_info=error)

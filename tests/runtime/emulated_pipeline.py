@@ -19,6 +19,7 @@ from perseus_core.runtime.measure.energy import ChunkKind, Iteration, Span
 from perseus_core.runtime.measure.sampler import EnergySampler
 from perseus_core.runtime.measure.stage_measurements import StageMeasurements
 from perseus_core.runtime.measure.sweep import Sweep, SweepSettings
+from perseus_core.runtime.side_threads import OwnThreads
 
 _LIMIT_S = 150
 
@@ -97,7 +98,7 @@ def _run_stage(
     order = one_f_one_b(run.num_stages, run.num_microbatches).stages[stage]
     sweep = Sweep(stage, device.supported_clocks_mhz(), run.settings, clocks_mhz=run.clocks_mhz)
     held_mhz, num_needed, seen_s = None, 0, time.monotonic()
-    with EnergySampler(device, run.sampling_period_s) as sampler:
+    with EnergySampler(device, run.sampling_period_s, threads=OwnThreads()) as sampler:
         for number in range(run.num_iterations):
             barrier.wait(_LIMIT_S)
             if all(complete):

@@ -90,11 +90,13 @@ def watchdogs_of(pid: int) -> list[int]:
 
 
 _TRAINING = """
-import os, signal, sys, time
+import functools, os, signal, sys, time
 from perseus_core.gpu.discovery import visible_devices
 from perseus_core.runtime.clock.controller import ClockController
+from perseus_core.runtime.clock.give_back import GuardedClock
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.measure.events import HostEvents
+from perseus_core.runtime.side_threads import OwnThreads
 
 events = HostEvents()
 
@@ -110,7 +112,9 @@ def train_until(controller, condition):
         time.sleep(0.01)
 
 {before}
-controller = ClockController(visible_devices()[0], hang_limit_s={hang_limit_s})
+controller = ClockController(
+    visible_devices()[0], threads=OwnThreads(), guard=functools.partial(GuardedClock, hang_limit_s={hang_limit_s})
+)
 controller.start()
 train_until(controller, lambda: controller.clock_in_force_mhz == 500 or controller.failure)
 print(controller.failure or "locked", flush=True)

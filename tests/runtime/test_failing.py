@@ -6,6 +6,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from perseus_core.runtime.ranks.exchange import InProcessExchange, Row, in_process_exchanges
 
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import NoDriver
@@ -14,8 +15,7 @@ from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.measure.profile_cache import ProfileKey
 from perseus_core.runtime.opening import open_session
-from perseus_core.runtime.ranks.decisions import Phase
-from perseus_core.runtime.ranks.exchange import InProcessExchange, Row, in_process_exchanges
+from perseus_core.runtime.ranks.order import Phase
 from perseus_core.runtime.session import Session
 from perseus_core.runtime.settings import Settings
 

@@ -8,12 +8,8 @@ never asks for a clock that is already set. An error ends it, gives the clock ba
 from __future__ import annotations
 
 import atexit
-import contextlib
 import math
 import os
-import queue
-import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -25,15 +21,22 @@ from perseus_core.runtime.clock.give_back import ClockGivenBack, GuardedClock
 from perseus_core.runtime.clock.lookahead import Lookahead
 from perseus_core.runtime.clock.override import ClockOverridden, OverrideWatch
 from perseus_core.runtime.clock.planned_clock import PlannedClock
+from perseus_core.runtime.clock.settable_clock import Guard
+from perseus_core.runtime.clock.switch_latency import LOOK_EVERY_S as LOOK_AT_CHANGE_EVERY_S
 from perseus_core.runtime.clock.switch_latency import SwitchLatency
 from perseus_core.runtime.measure.events import Event
+from perseus_core.runtime.side_threads import SideThread, SideThreads
 
 # How often it looks for the next event where it cannot wait for it: because it is not recorded yet (waking a thread
-# for each one would cost the training thread some 10 us), or because a change is due before it. Events carry their
-# times, so one that is seen late is not acted upon late, as long as it lies more than a latency before the next change.
+# for each one would cost the training thread some 10 us), or because a change is due before it: then at half the time
+# until that, should the instruction end before it was expected to. Events carry their times, so one that is seen late
+# is not acted upon late, as long as it lies more than a latency before the next change.
 _LOOK_EVERY_S = 0.005
 _LOOK_EVERY_S_IDLE = 0.1
-_STOP_PATIENCE_S = 0.5
+_LOOK_EVERY_S_UNGUARDED = 0.02
+# Instructions that are planned to run at one clock need not be followed one by one, but the watchdog wants to see life.
+_PASS_OVER_S = 1.0
+_STOP_LIMIT_S = 1.0
 
 
 class ClockControllerFailed(GpuError):  # noqa: N818 (named by what happened)
@@ -65,7 +68,8 @@ class _Hold:
     clock_mhz: int | None
 
 
-_Message = _IterationBegins | _InstructionBegins | _InstructionEnds | _IterationEnds | _Hold
+_Order = _IterationBegins | _IterationEnds | _Hold
+_Message = _InstructionBegins | _InstructionEnds | _Order
 
 
 class ClockController:
@@ -82,55 +86,63 @@ class ClockController:
         device: Device,
         switch_latency_s: float = 0.015,
         *,
-        hang_limit_s: float = 30.0,
-        call_limit_s: float = 2.0,
+        threads: SideThreads,
+        guard: Guard = GuardedClock,
     ) -> None:
         """Touches nothing yet.
 
         Args:
             device: the GPU.
             switch_latency_s: time from a lock call until the clock is in force, until it has been measured.
-            hang_limit_s: time without any message after which the watchdog gives the clock back; it is locked again
-                with the next instruction.
-            call_limit_s: time after which a call of the driver counts as hung.
+            threads: time, and the side thread that does the work.
+            guard: makes the clock that is set. A `GuardedClock` is given back by the watchdog after a time without any
+                message, and locked again with the next instruction.
         """
         self._device = device
+        self._threads = threads
         self._failure: GpuError | None = None
         self._is_following = False
         self._messages: deque[_Message] = deque()
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._num_orders_given = self._num_orders_taken = 0
         self._lookahead = Lookahead()
-        self._latency = SwitchLatency(switch_latency_s)
+        self._latency = SwitchLatency(switch_latency_s, threads.now_s)
         self._override_watch = OverrideWatch(device.uuid)
-        self._clock = GuardedClock(device, self._give_up, hang_limit_s=hang_limit_s, call_limit_s=call_limit_s)
+        self._clock = guard(device, self._give_up)
         self._in_force_mhz: int | None = None
         self._times_given_back = 0
-        self._thread = threading.Thread(target=self._run, name="perseus-clock-controller", daemon=True)
+        self._thread: SideThread | None = None
         _controllers.add(self)
 
     # What the training thread calls
 
     def start(self) -> None:
-        """Claims the clock and begins to follow, both in side threads. Once only."""
+        """Claims the clock and begins to follow, both beside training. Once only."""
         self._is_following = True
         atexit.register(self.stop)
         self._clock.acquire()
-        self._thread.start()
+        self._thread = self._threads.start("perseus-clock-controller", self._step)
 
-    def stop(self) -> None:
-        """Gives the clock back, for good. Takes a second at most, even where the driver hangs."""
+    def stop(self, limit_s: float = _STOP_LIMIT_S) -> None:
+        """Gives the clock back, for good. Takes no longer than `limit_s`, even where the driver or the GPU hangs.
+
+        Any number of times: with 0 it only sets everything going, and a later call waits for it.
+        """
         atexit.unregister(self.stop)
         self._is_following = False
-        self._wake.put(None)
-        if self._thread.is_alive():
-            self._thread.join(_STOP_PATIENCE_S)
-        self._clock.release(_STOP_PATIENCE_S)
+        if self._thread is None:
+            return
+        deadline_s = self._threads.now_s() + limit_s
+        self._thread.wake()
+        # It gives the clock back itself, unless it waits for a GPU or a driver that does not come.
+        if not self._thread.join(limit_s / 2):
+            self._clock.release(max(0.0, deadline_s - self._threads.now_s()))
+            self._thread.join(max(0.0, deadline_s - self._threads.now_s()))
 
     def begin_iteration(self, plan: Sequence[PlannedClock] | None) -> None:
         """The iteration begins. `plan`: this stage's instructions in order, or none to leave the clock alone."""
         if self._is_following:
-            self._messages.append(_IterationBegins(plan))
-            self._wake.put(None)
+            self._give(_IterationBegins(plan))
+            self._wake()
 
     def instruction_begins(self, event: Event) -> None:
         """The next instruction begins at this event."""
@@ -145,13 +157,17 @@ class ClockController:
     def end_iteration(self) -> None:
         """The iteration ends: the next instruction is the first of an iteration."""
         if self._is_following:
-            self._messages.append(_IterationEnds())
+            self._give(_IterationEnds())
 
     def hold(self, clock_mhz: int | None) -> None:
         """One clock [MHz] for everything until the next `begin_iteration` with a plan; none: leave it to the driver."""
         if self._is_following:
-            self._messages.append(_Hold(clock_mhz))
-            self._wake.put(None)
+            self._give(_Hold(clock_mhz))
+            self._wake()
+
+    def _give(self, order: _Order) -> None:
+        self._messages.append(order)
+        self._num_orders_given += 1
 
     # What anybody may read
 
@@ -187,12 +203,13 @@ class ClockController:
 
     # The controller's thread
 
-    def _run(self) -> None:
+    def _step(self) -> float | Event | None:
+        """Does what is due; returns for how long or for what to wait, None at the end."""
         try:
-            while self._take_what_was_reached():
+            if self._take_what_was_reached():
                 self._set_wanted_clock()
                 self._look_for_other_programs()
-                self._wait()
+                return self._what_to_wait_for()
         except ClockGivenBack:
             pass  # by another thread, which has said why
         except ClockOverridden as error:
@@ -202,89 +219,115 @@ class ClockController:
             self._give_up(error)
         except Exception as error:
             self._give_up(ClockControllerFailed(f"following the plan on {self._device.uuid}: {error!r}; please report"))
-        finally:
-            self._clock.release(_STOP_PATIENCE_S)
-            self._in_force_mhz = None
-            self._messages.clear()
+        self._is_following = False
+        self._in_force_mhz = None
+        self._messages.clear()
+        self._clock.release(_STOP_LIMIT_S / 2)
+        return None
 
     def _give_up(self, error: GpuError) -> None:
         """Keeps the first error and ends the following. From this thread, or from the guard's."""
         if self._failure is None:
             self._failure = error
         self._is_following = False
-        self._wake.put(None)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._thread is not None:
+            self._thread.wake()
 
     def _take_what_was_reached(self) -> bool:
         """Brings the lookahead to the newest event that was reached; returns whether to go on."""
-        while self._is_following:
-            if not self._messages or not _is_reached(self._messages[0]):
-                return True
-            message = self._messages.popleft()
-            self._clock.beat(time.monotonic())
+        messages, lookahead = self._messages, self._lookahead
+        has_taken = False
+        while self._is_following and messages:
+            message = messages[0]
+            if type(message) is _InstructionBegins:
+                if not message.event.reached():
+                    break
+                lookahead.begin_instruction(message.event.time_s())
+            elif type(message) is _InstructionEnds:
+                if not message.event.reached():
+                    break
+                lookahead.end_instruction()
+            elif type(message) is _IterationBegins:
+                self._num_orders_taken += 1
+                lookahead.begin_iteration(message.plan, self._latency.seconds)
+            elif type(message) is _IterationEnds:
+                self._num_orders_taken += 1
+                lookahead.end_iteration()
+            elif type(message) is _Hold:
+                self._num_orders_taken += 1
+                lookahead.hold(message.clock_mhz)
+            messages.popleft()
+            has_taken = True
+        if has_taken:
+            self._clock.beat(self._threads.now_s())
             if self._clock.times_given_back != self._times_given_back:
                 # We were stopped or hung. Only now does training go on, and only now may the clock be locked again.
                 self._times_given_back = self._clock.times_given_back
                 self._in_force_mhz = None
-            match message:
-                case _InstructionBegins(event):
-                    self._lookahead.begin_instruction(event.time_s())
-                case _InstructionEnds():
-                    self._lookahead.end_instruction()
-                case _IterationBegins(plan):
-                    self._lookahead.begin_iteration(plan, self._latency.seconds)
-                case _IterationEnds():
-                    self._lookahead.end_iteration()
-                case _Hold(clock_mhz):
-                    self._lookahead.hold(clock_mhz)
-        return False
+        return self._is_following
 
     def _set_wanted_clock(self) -> None:
-        if self._lookahead.is_idle:
+        if self._latency.is_watching:
+            self._latency.look(self._clock)
+        if self._lookahead.is_idle or self._latency.is_watching:
             return
-        wanted_mhz = self._lookahead.wanted_mhz(time.monotonic(), self._latency.seconds)
+        now_s = self._threads.now_s()
+        wanted_mhz = self._lookahead.wanted_mhz(now_s, self._latency.seconds)
         if wanted_mhz == self._in_force_mhz:
             return
         if wanted_mhz is None:
             self._clock.reset()
+        elif not self._clock.is_guarded:
+            return
         else:
             self._latency.lock(self._clock, wanted_mhz)
         self._in_force_mhz = wanted_mhz
-        self._override_watch.asked(wanted_mhz, time.monotonic())
+        self._override_watch.asked(wanted_mhz, self._threads.now_s())
 
     def _look_for_other_programs(self) -> None:
         if self._in_force_mhz is None or self._clock.times_given_back != self._times_given_back:
             return
-        if self._override_watch.has_overridden(time.monotonic(), self._clock.sm_clock_mhz):
+        if self._override_watch.has_overridden(self._threads.now_s(), self._clock.sm_clock_mhz):
             self._in_force_mhz = None  # and so asked for again
 
-    def _wait(self) -> None:
-        """Until the next change is due or the next event is reached, or nearly so."""
-        now_s, due_in_s = time.monotonic(), math.inf
+    def _what_to_wait_for(self) -> float | Event:
+        """Until the next change is due or the next event that matters is reached, or nearly so."""
+        if self._latency.is_watching:
+            return LOOK_AT_CHANGE_EVERY_S
+        now_s, due_in_s = self._threads.now_s(), math.inf
         if not self._lookahead.is_idle:
             if self._lookahead.wanted_mhz(now_s, self._latency.seconds) != self._in_force_mhz:
-                return  # it has just become due
+                # It has just become due, or may not be set yet.
+                return 0.0 if self._clock.is_guarded else _LOOK_EVERY_S_UNGUARDED
             due_s = self._lookahead.next_change_s(self._latency.seconds)
             due_in_s = due_s - now_s if due_s > now_s else math.inf
-        if self._messages and due_in_s == math.inf:
-            _wait_for(self._messages[0])
-        else:
-            look_in_s = _LOOK_EVERY_S if self._lookahead.follows_plan else _LOOK_EVERY_S_IDLE
-            with contextlib.suppress(queue.Empty):
-                self._wake.get(timeout=min(due_in_s, look_in_s))
+        if due_in_s < math.inf:
+            return min(due_in_s, max(_LOOK_EVERY_S, due_in_s / 2))
+        if not self._lookahead.follows_plan and self._num_orders_given == self._num_orders_taken:
+            return _LOOK_EVERY_S_IDLE  # instructions come and go, and change nothing; an order wakes us
+        return self._next_that_matters() if self._messages else _LOOK_EVERY_S
+
+    def _next_that_matters(self) -> float | Event:
+        """Of what is recorded and not reached, the first that may change what is wanted."""
+        first = self._messages[0]
+        if not isinstance(first, (_InstructionBegins, _InstructionEnds)):
+            return 0.0
+        # Begins and ends take turns.
+        place = 2 * self._lookahead.num_begins_to_pass_over(_PASS_OVER_S) + isinstance(first, _InstructionEnds)
+        if place < len(self._messages):
+            message = self._messages[place]
+            if isinstance(message, _InstructionBegins):
+                return message.event
+        return first.event
 
     def _leave_in_child(self) -> None:
         """In a forked child: the parent follows, and the parent's clock is not ours."""
         self._is_following = False
+        self._thread = None
         atexit.unregister(self.stop)
-
-
-def _is_reached(message: _Message) -> bool:
-    return message.event.reached() if isinstance(message, (_InstructionBegins, _InstructionEnds)) else True
-
-
-def _wait_for(message: _Message) -> None:
-    if isinstance(message, (_InstructionBegins, _InstructionEnds)):
-        message.event.wait()
 
 
 _controllers: weakref.WeakSet[ClockController] = weakref.WeakSet()

@@ -156,16 +156,16 @@ class GuardedClock:
         """The clock it runs at now."""
         return self._call(self._device.sm_clock_mhz)
 
-    def release(self, patience_s: float = 0.5) -> None:
+    def release(self, limit_s: float = 0.5) -> None:
         """Gives the clock back and dismisses the watchdog; for good.
 
-        Any thread, any number of times. Where the driver does not answer within `patience_s` [s], the watchdog stays on
-        guard and resets the clock when this process has ended.
+        Any thread, any number of times. Where the driver does not answer within `limit_s`, the watchdog stays on guard
+        and resets the clock when this process has ended.
         """
         self._leaving.set()
         self._is_guarded.set()  # whoever waits to lock goes on, and is refused
         if not self._release_turn.acquire(blocking=False):
-            self._left.wait(patience_s)
+            self._left.wait(limit_s)
             return
         if not self._memory.may_be_locked and self._call_since_s is None:
             self._leave()
@@ -173,7 +173,7 @@ class GuardedClock:
         # A thread of its own, because a driver that hangs must not hold up the end of training.
         resetting = threading.Thread(target=self._reset_and_leave, name="perseus-clock-reset", daemon=True)
         resetting.start()
-        resetting.join(patience_s)
+        resetting.join(limit_s)
 
     def leave_in_child(self) -> None:
         """In a forked child: all of this is the parent's."""

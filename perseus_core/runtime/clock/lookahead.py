@@ -46,6 +46,8 @@ class Lookahead:
     def __init__(self) -> None:
         self.is_idle = True
         self._plan: tuple[PlannedClock, ...] = ()
+        self._asked: tuple[Sequence[PlannedClock] | None, float] = (None, 0.0)
+        self._adapted: tuple[PlannedClock, ...] = ()
         self._held_mhz: int | None = None
         self._position = -1
         self._end_s = math.inf
@@ -65,7 +67,10 @@ class Lookahead:
         """Wants what the plan says, from its first instruction on."""
         self.is_idle = plan is None
         self._held_mhz = None
-        self._plan = without_short_slow_parts(plan or (), latency_s)
+        if plan is not self._asked[0] or latency_s != self._asked[1]:
+            self._asked = (plan, latency_s)
+            self._adapted = without_short_slow_parts(plan or (), latency_s)
+        self._plan = self._adapted
         self._position, self._end_s = -1, math.inf
 
     def begin_instruction(self, time_s: float) -> None:
@@ -103,6 +108,22 @@ class Lookahead:
             return math.inf
         margin_s = _MARGIN_S if self._next_mhz > self._present_mhz else -_MARGIN_S
         return self._end_s - latency_s - margin_s
+
+    def num_begins_to_pass_over(self, limit_s: float) -> int:
+        """How many of the instructions that come next may begin unseen: they and the one that follows have one clock.
+
+        Not to be asked while a change is due that was not asked for yet.
+
+        Args:
+            limit_s: how long what is passed over may take, as planned.
+        """
+        position, passed_s = self._position + 1, 0.0
+        while position + 1 < len(self._plan) and self._plan[position].clock_mhz == self._plan[position + 1].clock_mhz:
+            passed_s += self._plan[position].duration_s
+            if passed_s > limit_s:
+                break
+            position += 1
+        return position - self._position - 1
 
     @property
     def _present_mhz(self) -> int:

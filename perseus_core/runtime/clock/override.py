@@ -43,7 +43,7 @@ class OverrideWatch:
         """Whether somebody has set another clock since ours was asked for; says so the first time.
 
         Args:
-            now_s: time.monotonic().
+            now_s: the time.
             sm_clock_mhz: reads the clock in force.
 
         Raises:

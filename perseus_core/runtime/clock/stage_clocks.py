@@ -8,8 +8,11 @@ from enum import Enum
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
 from perseus_core.runtime.clock.controller import ClockController
+from perseus_core.runtime.clock.give_back import GuardedClock
 from perseus_core.runtime.clock.planned_clock import PlannedClock
+from perseus_core.runtime.clock.settable_clock import Guard
 from perseus_core.runtime.measure.events import Event
+from perseus_core.runtime.side_threads import SideThreads
 
 _USUAL_LATENCY_S = 0.015
 
@@ -26,19 +29,28 @@ class StageClocks:
         following: whether the plan's clocks are followed in this iteration.
     """
 
-    def __init__(self, device: Device | None, switch_latency_s: float | str) -> None:
+    def __init__(
+        self,
+        device: Device | None,
+        switch_latency_s: float | str,
+        *,
+        threads: SideThreads,
+        guard: Guard = GuardedClock,
+    ) -> None:
         """Without a device, no clock is ever set.
 
         Args:
             device: the GPU.
             switch_latency_s: how long a change takes, until it has been measured; "auto" for what is usual.
+            threads: time, and the side thread that sets the clock.
+            guard: makes the clock that is set, see `ClockController`.
         """
         self.following = False
         self._now: int | _Mode | None = _Mode.UNKNOWN
         self._controller: ClockController | None = None
         if device is not None:
             latency_s = _USUAL_LATENCY_S if isinstance(switch_latency_s, str) else switch_latency_s
-            self._controller = ClockController(device, latency_s)
+            self._controller = ClockController(device, latency_s, threads=threads, guard=guard)
 
     @property
     def can_be_set(self) -> bool:
@@ -51,15 +63,15 @@ class StageClocks:
         return None if self._controller is None else self._controller.failure
 
     def start(self) -> None:
-        """Claims the clock, in a side thread."""
+        """Claims the clock, beside training."""
         if self._controller is not None:
             self._controller.start()
 
-    def stop(self) -> None:
-        """Gives the clock back for good."""
+    def stop(self, limit_s: float = 1.0) -> None:
+        """Gives the clock back for good, and waits no longer than `limit_s` for it (`ClockController.stop`)."""
         self.following = False
         if self._controller is not None:
-            self._controller.stop()
+            self._controller.stop(limit_s)
 
     def follow(self, clocks: Sequence[PlannedClock]) -> None:
         """The iteration that begins runs at the plan's clocks."""

@@ -118,12 +118,14 @@ class Powers:
         waiting: while waiting for a neighbour.
         outside: after the last instruction of an iteration.
         num_intervals: how many counter intervals tell.
+        durations_s: of each instruction type, those of the executions that were not disturbed.
     """
 
     instructions: dict[ChunkKind, PowerEstimate]
     waiting: PowerEstimate
     outside: PowerEstimate
     num_intervals: int
+    durations_s: dict[ChunkKind, Array] = field(repr=False)
 
 
 def solve_powers(iterations: Sequence[Iteration], readings: Sequence[CounterReading]) -> Powers | None:
@@ -140,109 +142,146 @@ def solve_powers(iterations: Sequence[Iteration], readings: Sequence[CounterRead
     Returns:
         The powers, or None if no interval with an instruction lies within the iterations.
     """
-    types = sorted({span.type for iteration in iterations for span in iteration.spans})
-    occupancy = _Occupancy(types, iterations)
+    occupancy = _Occupancy(iterations)
     begins, ends = _intervals(readings)
-    lengths_s = np.array([end.time_s - begin.time_s for begin, end in zip(begins, ends, strict=True)])
-    energies_j = np.array([end.energy_j - begin.energy_j for begin, end in zip(begins, ends, strict=True)])
-    seconds = occupancy.before([end.time_s for end in ends]) - occupancy.before([begin.time_s for begin in begins])
-    # Disturbed executions are in no column, and neither is the time beyond the iterations.
-    inside = seconds.sum(axis=1) > lengths_s - 1e-6
-    if not seconds[inside, : len(types)].any():
+    if not ends:
         return None
-    timing_s = np.array([math.hypot(b.uncertainty_s, e.uncertainty_s) for b, e in zip(begins, ends, strict=True)])
-    powers_w, errors_w = _solve(
-        seconds[inside], energies_j[inside], timing_s[inside] / math.sqrt(12), num_instructions=len(types)
-    )
+    num_types = len(occupancy.types)
+    times_s = np.array([reading.time_s for reading in readings])
+    counter_j = np.array([reading.energy_j for reading in readings])
+    uncertainties_s = np.array([reading.uncertainty_s for reading in readings])
+    before = occupancy.before(times_s)
+    seconds = before[ends] - before[begins]
+    # Disturbed executions are in no column, and neither is the time beyond the iterations.
+    inside = seconds.sum(axis=1) > times_s[ends] - times_s[begins] - 1e-6
+    seconds = seconds[inside]
+    if not seconds[:, :num_types].any():
+        return None
+    energies_j = (counter_j[ends] - counter_j[begins])[inside]
+    timing_s = np.hypot(uncertainties_s[begins], uncertainties_s[ends])[inside] / math.sqrt(12)
+    powers_w, errors_w = _solve(seconds, energies_j, timing_s, num_instructions=num_types)
     estimates = [
-        PowerEstimate(float(power), float(error), float(observed))
-        for power, error, observed in zip(powers_w, errors_w, seconds[inside].sum(axis=0), strict=True)
+        PowerEstimate(power, error, observed)
+        for power, error, observed in zip(
+            powers_w.tolist(), errors_w.tolist(), seconds.sum(axis=0).tolist(), strict=True
+        )
     ]
     return Powers(
-        dict(zip(types, estimates[: len(types)], strict=True)), estimates[-2], estimates[-1], int(inside.sum())
+        dict(zip(occupancy.types, estimates[:num_types], strict=True)),
+        estimates[-2],
+        estimates[-1],
+        len(seconds),
+        dict(zip(occupancy.types, occupancy.durations_s, strict=True)),
     )
 
 
-def undisturbed(durations_s: Sequence[float]) -> NDArray[np.bool_]:
+def undisturbed(durations_s: Sequence[float] | Array) -> NDArray[np.bool_]:
     """Which executions of one type took about as long as the others, shape (n,). Three or fewer are all believed."""
     durations = np.asarray(durations_s)
     if len(durations) <= 3:
         return np.ones(len(durations), bool)
-    usual = float(np.median(durations))
-    spread = _STD_PER_MAD * float(np.median(np.abs(durations - usual)))
-    limit = max(_DISTURBED_DEVIATIONS * spread, _DISTURBED_RELATIVE * usual)
-    undisturbed_ones: NDArray[np.bool_] = np.abs(durations - usual) <= limit
+    usual = _median(durations)
+    deviations = np.abs(durations - usual)
+    limit = max(_DISTURBED_DEVIATIONS * _STD_PER_MAD * _median(deviations), _DISTURBED_RELATIVE * usual)
+    undisturbed_ones: NDArray[np.bool_] = deviations <= limit
     return undisturbed_ones
 
 
-class _Occupancy:
-    """How many seconds of each activity lie before a moment: instruction types in order, then waiting, then outside."""
+def _median(values: Array) -> float:
+    """As `numpy.median`, which takes ten times as long for few values."""
+    in_order = np.sort(values)
+    return float(in_order[(len(values) - 1) // 2] + in_order[len(values) // 2]) / 2
 
-    def __init__(self, types: Sequence[ChunkKind], iterations: Sequence[Iteration]) -> None:
-        segments: dict[ChunkKind | Activity, list[tuple[float, float]]] = {a: [] for a in (*types, *Activity)}
-        disturbed = _disturbed_spans(iterations)
+
+class _Occupancy:
+    """How many seconds of each activity lie before a moment: instruction types in order, then waiting, then outside.
+
+    Attributes:
+        types: the instruction types.
+        durations_s: of each of them, the executions that were not disturbed.
+    """
+
+    def __init__(self, iterations: Sequence[Iteration]) -> None:
+        of_iterations = [[span.type for span in iteration.spans] for iteration in iterations]
+        # Types are compared rather than looked up, which is slow: iterations are usually all alike.
+        kinds = [types for i, types in enumerate(of_iterations) if i == 0 or types != of_iterations[i - 1]]
+        self.types = sorted({one for types in kinds for one in types})
+        waiting, outside, neither = (len(self.types) + i for i in range(3))
+        # Everything that was done, one after another: from each edge to the next, the activity with this number.
+        edges: list[float] = []
+        activities: list[int] = []
+        numbers: list[int] = []
         for i, iteration in enumerate(iterations):
-            last_s = iteration.begin_s
-            for span in iteration.spans:
-                segments[Activity.WAITING].append((last_s, span.begin_s))
-                if span not in disturbed:
-                    segments[span.type].append((span.begin_s, span.end_s))
-                last_s = span.end_s
+            if i == 0 or of_iterations[i] != of_iterations[i - 1]:
+                numbers = [self.types.index(one) for one in of_iterations[i]]
+            edges.append(iteration.begin_s)
+            for span, number in zip(iteration.spans, numbers, strict=True):
+                edges += (span.begin_s, span.end_s)
+                activities += (waiting, number)
             until_s = iteration.end_s
             following = iterations[i + 1] if i + 1 < len(iterations) else None
             if following is not None and following.number == iteration.number + 1:
                 gap_s = following.begin_s - iteration.end_s
                 if gap_s < 0.5 * (iteration.end_s - iteration.begin_s):
                     until_s = following.begin_s
-            segments[Activity.OUTSIDE].append((last_s, until_s))
-        self._segments = [np.array(of_activity).reshape(-1, 2) for of_activity in segments.values()]
+            edges.append(until_s)
+            activities += (outside, neither)
+        self._edges_s = np.maximum.accumulate(edges)
+        self._lengths_s = np.diff(self._edges_s)
+        self._activities = np.array(activities[:-1])
+        self.durations_s = self._leave_out_disturbed(neither)
+        rows = np.arange(len(self._lengths_s))
+        self._before = np.zeros((len(edges), neither + 1))
+        self._before[rows + 1, self._activities] = self._lengths_s
+        np.cumsum(self._before, axis=0, out=self._before)
 
-    def before(self, times_s: Sequence[float]) -> Array:
+    def before(self, times_s: Array) -> Array:
         """Shape (times, activities)."""
-        columns = []
-        for of_activity in self._segments:
-            edges = of_activity.ravel()
-            total_s = np.repeat(np.concatenate([[0.0], np.cumsum(of_activity[:, 1] - of_activity[:, 0])]), 2)[1:-1]
-            columns.append(np.interp(times_s, edges, total_s) if len(edges) else np.zeros(len(times_s)))
-        return np.column_stack(columns)
+        places = np.searchsorted(self._edges_s, times_s, side="right") - 1
+        places = np.minimum(np.maximum(places, 0), len(self._lengths_s) - 1)
+        since_edge_s = np.minimum(np.maximum(times_s - self._edges_s[places], 0.0), self._lengths_s[places])
+        before = self._before[places]
+        before[np.arange(len(places)), self._activities[places]] += since_edge_s
+        return before[:, :-1]
+
+    def _leave_out_disturbed(self, neither: int) -> list[Array]:
+        """Makes disturbed executions no activity's; returns how long the others of each type took."""
+        kept = []
+        for number in range(len(self.types)):
+            (places,) = np.nonzero(self._activities == number)
+            durations_s = self._lengths_s[places]
+            usual = undisturbed(durations_s)
+            if not usual.all():
+                self._activities[places[~usual]] = neither
+                durations_s = durations_s[usual]
+            kept.append(durations_s)
+        return kept
 
 
-def _disturbed_spans(iterations: Sequence[Iteration]) -> set[Span]:
-    by_type: dict[ChunkKind, list[Span]] = {}
-    for iteration in iterations:
-        for span in iteration.spans:
-            by_type.setdefault(span.type, []).append(span)
-    return {
-        span
-        for spans in by_type.values()
-        for span, usual in zip(spans, undisturbed([s.end_s - s.begin_s for s in spans]), strict=True)
-        if not usual
-    }
-
-
-def _intervals(readings: Sequence[CounterReading]) -> tuple[list[CounterReading], list[CounterReading]]:
-    """Begins and ends of the intervals to use.
+def _intervals(readings: Sequence[CounterReading]) -> tuple[list[int], list[int]]:
+    """Begins and ends of the intervals to use, as places of the readings.
 
     An interval is at least ten times as long as its ends are uncertain, so readings of a thread that ran late, or of a
     fast counter, are passed over. Where the counter fell (a reset, a wrap) a new interval begins.
     """
-    begins: list[CounterReading] = []
-    ends: list[CounterReading] = []
+    begins: list[int] = []
+    ends: list[int] = []
     begin: CounterReading | None = None
-    for reading in readings:
+    begin_place = 0
+    for place, reading in enumerate(readings):
         if begin is None or reading.energy_j < begin.energy_j:
-            begin = reading
+            begin, begin_place = reading, place
             continue
         uncertainty_s = max(begin.uncertainty_s, reading.uncertainty_s)
         if reading.time_s - begin.time_s >= max(_MIN_SPACING_UNCERTAINTIES * uncertainty_s, _MIN_SPACING_S):
-            begins.append(begin)
-            ends.append(reading)
-            begin = reading
+            begins.append(begin_place)
+            ends.append(place)
+            begin, begin_place = reading, place
     return begins, ends
 
 
 def _solve(seconds: Array, energies_j: Array, timing_s: Array, num_instructions: int) -> tuple[Array, Array]:
-    """Weighted least squares with the prior.
+    """Weighted least squares with the prior, by its normal equations.
 
     The variance of an interval's energy has three parts: one proportional to its length, which is found from the
     residuals; that of what is outside; and that of the moments at which it begins and ends.
@@ -257,38 +296,41 @@ def _solve(seconds: Array, energies_j: Array, timing_s: Array, num_instructions:
         Powers and their standard errors, of shape (activities,).
     """
     lengths_s = seconds.sum(axis=1)
-    relative_lengths = lengths_s / lengths_s.mean()
+    relative_lengths = lengths_s / (float(lengths_s.sum()) / len(lengths_s))
     shares = seconds[:, :num_instructions].sum(axis=0) + 1e-9
     shares /= shares.sum()
+    prior, prior_target = _prior(shares)
     mean_power_w = float(energies_j.sum() / lengths_s.sum())
-    prior_scatter_j = _PRIOR_SCATTER * float(np.median(energies_j / np.sqrt(relative_lengths)))
+    prior_scatter_j = _PRIOR_SCATTER * _median(energies_j / np.sqrt(relative_lengths))
     scatter_j = prior_scatter_j
+    known_s2 = (_OUTSIDE_SCATTER * seconds[:, -1]) ** 2 + timing_s**2
     for _ in range(5):  # weights and prior depend on the solution, which soon hardly changes
-        known_variance = mean_power_w**2 * ((_OUTSIDE_SCATTER * seconds[:, -1]) ** 2 + timing_s**2)
-        root = np.sqrt(relative_lengths + known_variance / scatter_j**2)
-        matrix, target = seconds / root[:, None], energies_j / root
-        prior, prior_target = _prior_rows(shares, mean_power_w)
-        stacked = np.vstack([matrix, prior * scatter_j])
-        precision = stacked.T @ stacked
-        powers_w = np.linalg.solve(precision, stacked.T @ np.concatenate([target, prior_target * scatter_j]))
-        covariance = np.linalg.inv(precision)
-        freedom = len(target) - float(np.trace(matrix @ covariance @ matrix.T))
-        square_sum = float(np.sum((target - matrix @ powers_w) ** 2)) + _PRIOR_SCATTER_INTERVALS * prior_scatter_j**2
-        errors_w = scatter_j * np.sqrt(np.diag(covariance))
+        weights = 1 / (relative_lengths + known_s2 * (mean_power_w / scatter_j) ** 2)
+        weighted = seconds.T * weights
+        information = weighted @ seconds
+        covariance = np.linalg.inv(information + prior * (scatter_j / mean_power_w) ** 2)
+        powers_w = covariance @ (weighted @ energies_j + prior_target * (scatter_j**2 / mean_power_w))
+        freedom = len(energies_j) - float((covariance * information).sum())
+        residuals_j = energies_j - seconds @ powers_w
+        square_sum = float(residuals_j @ (weights * residuals_j)) + _PRIOR_SCATTER_INTERVALS * prior_scatter_j**2
+        errors_w = scatter_j * np.sqrt(covariance.diagonal())
         scatter_j = math.sqrt(square_sum / (freedom + _PRIOR_SCATTER_INTERVALS))
         mean_power_w = float(shares @ powers_w[:num_instructions])
     return np.maximum(powers_w, 0.0), errors_w
 
 
-def _prior_rows(shares: Array, mean_power_w: float) -> tuple[Array, Array]:
-    """The prior as equations of unit variance: each instruction's power is near their mean, the others are a part."""
+def _prior(shares: Array) -> tuple[Array, Array]:
+    """The prior's normal equations: each instruction's power is near their mean, the others are a part of it.
+
+    Returns:
+        Matrix and right side for a mean power of 1. For another the matrix is divided by its square, the right side by
+        itself.
+    """
     num_instructions = len(shares)
     rows = np.zeros((num_instructions + 2, num_instructions + 2))
-    rows[:num_instructions, :num_instructions] = (np.eye(num_instructions) - shares) / (
-        _INSTRUCTION_PRIOR_STD * mean_power_w
-    )
+    rows[:num_instructions, :num_instructions] = (np.eye(num_instructions) - shares) / _INSTRUCTION_PRIOR_STD
     target = np.zeros(num_instructions + 2)
     for row, (mean, std) in ((num_instructions, _WAITING_PRIOR), (num_instructions + 1, _OUTSIDE_PRIOR)):
-        rows[row, row] = 1 / (std * mean_power_w)
+        rows[row, row] = 1 / std
         target[row] = mean / std
-    return rows, target
+    return rows.T @ rows, rows.T @ target

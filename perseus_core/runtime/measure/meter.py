@@ -16,7 +16,7 @@ from perseus_core.runtime.measure.sampler import CounterReading, EnergySampler
 from perseus_core.runtime.measure.stage_measurements import StageMeasurements
 from perseus_core.runtime.measure.stretch import Stretch
 from perseus_core.runtime.measure.sweep import Progress, Sweep, SweepSettings
-from perseus_core.runtime.ranks.heartbeat import Heartbeat
+from perseus_core.runtime.side_threads import SideThreads
 
 # Readings this far before an iteration are still needed to interpolate its beginning.
 _READINGS_BEFORE_S = 2.0
@@ -24,7 +24,18 @@ _REMEMBERED_ITERATIONS = 16
 
 
 @dataclass(frozen=True)
-class _Timing:
+class IterationTiming:
+    """How long an iteration took on this rank.
+
+    Attributes:
+        iteration: which.
+        num_microbatches: 0 if it was an evaluation or ran in an order of its own.
+        span_s: from its begin to its end.
+        seen_s: sum of its instructions' durations.
+        expected_s: what that sum should be; 0 if nothing is expected.
+        throttled: power or heat held the clock down.
+    """
+
     iteration: int
     num_microbatches: int
     span_s: float
@@ -34,22 +45,22 @@ class _Timing:
 
 
 class Meter:
-    """Turns executed iterations into what the heartbeat tells, and into measurements for the planner.
+    """Turns executed iterations into times and energies, and into measurements for the planner.
 
     Attributes:
         recorder: takes the iterations that were given to the GPU.
         traced: what the last whole iteration executed.
     """
 
-    def __init__(self, stage: int, device: Device | None) -> None:
+    def __init__(self, stage: int, device: Device | None, threads: SideThreads) -> None:
         """Measures energy only where there is a GPU."""
         self.recorder = Recorder()
         self.traced: tuple[Step, ...] = ()
         self._stage = stage
-        self._sampler = None if device is None else EnergySampler(device)
+        self._sampler = None if device is None else EnergySampler(device, threads=threads)
         self._sweep: Sweep | None = None
         self._readings_handed_to_s = 0.0
-        self._timings: deque[_Timing] = deque()
+        self._timings: deque[IterationTiming] = deque()
         self._uncounted: deque[MeasuredIteration] = deque()
         self._energies: deque[tuple[int, float]] = deque()
         self._plan = 0
@@ -61,10 +72,10 @@ class Meter:
         if self._sampler is not None:
             self._sampler.start()
 
-    def stop(self) -> None:
-        """Stops sampling."""
+    def stop(self, limit_s: float = 0.5) -> None:
+        """Stops sampling, and waits no longer than `limit_s` for the sampler's end."""
         if self._sampler is not None:
-            self._sampler.stop(0.5)
+            self._sampler.stop(limit_s)
 
     # The sweep
 
@@ -76,6 +87,11 @@ class Meter:
     def sweep_clock_mhz(self) -> int | None:
         """The clock to hold in the next iteration; none if nothing is left to measure."""
         return None if self._sweep is None else self._sweep.next_clock()
+
+    @property
+    def has_swept(self) -> bool:
+        """Whether all clocks are measured."""
+        return self._sweep is not None and self._sweep.is_complete
 
     @property
     def sweep_progress(self) -> Progress | None:
@@ -130,7 +146,7 @@ class Meter:
             if comparable:
                 self.traced = tuple(record.steps)
             self._timings.append(
-                _Timing(
+                IterationTiming(
                     record.number,
                     record.num_microbatches if comparable else 0,
                     measured.span_s,
@@ -146,22 +162,17 @@ class Meter:
         while self._uncounted and self._count(self._uncounted[0]):
             self._uncounted.popleft()
 
-    def tell(self, beat: Heartbeat) -> Heartbeat:
-        """Adds the oldest time and energy that were not told yet."""
-        if self._timings:
-            t = self._timings.popleft()
-            beat = beat._replace(
-                timed=t.iteration,
-                num_microbatches=t.num_microbatches,
-                span_s=t.span_s,
-                seen_s=t.seen_s,
-                expected_s=t.expected_s,
-                throttled=float(t.throttled),
-            )
-        if self._energies:
-            iteration, energy_j = self._energies.popleft()
-            beat = beat._replace(counted=iteration, energy_j=energy_j)
-        return beat._replace(sweep_done=float(self._sweep is not None and self._sweep.is_complete))
+    def new_timings(self) -> list[IterationTiming]:
+        """Of the iterations whose times have become known since the last call, in order."""
+        timings = list(self._timings)
+        self._timings.clear()
+        return timings
+
+    def new_energies_j(self) -> list[tuple[int, float]]:
+        """Iteration and energy of those whose energy has become known since; 0 where it could not be read."""
+        energies = list(self._energies)
+        self._energies.clear()
+        return energies
 
     def _remember(self, measured: MeasuredIteration) -> None:
         expectation, spans = measured.record.expectation, measured.iteration.spans

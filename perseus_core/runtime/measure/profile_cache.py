@@ -29,8 +29,8 @@ class ProfileKey:
         tensor_parallel: GPUs that share each layer.
         data_parallel: replicas of the pipeline.
         microbatch_size: samples.
-        gpu_name: product name.
-        power_limit_w: power limit in force.
+        gpu_name: product name; empty until it is known.
+        power_limit_w: power limit in force; 0 until it is known.
         details: (name, value) of anything else: sequence length, precision, recomputation, expert parallelism, ...
         versions: (package, version) of framework, CUDA, driver and this package.
     """
@@ -42,8 +42,8 @@ class ProfileKey:
     tensor_parallel: int
     data_parallel: int
     microbatch_size: int
-    gpu_name: str
-    power_limit_w: float
+    gpu_name: str = ""
+    power_limit_w: float = 0.0
     details: tuple[tuple[str, str], ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
 
@@ -68,16 +68,17 @@ class ProfileCache:
     def load(self, key: ProfileKey) -> JobMeasurements | None:
         """The measurements of a key, or None; one log line says why a file that is there was of no use."""
         path = self._folder / key.file_name()
-        if not path.exists():
-            return None
         try:
+            path.stat()
             fields = load_document(path, _FORMAT, _VERSION)
             if fields.text("key") != key.as_text():
                 raise InputError(f"{path}: belongs to another job")
             measurements = JobMeasurements.from_document(fields.section("job"))
             if len(measurements.blocking) != key.num_stages or measurements.profile.num_stages != key.num_stages:
                 raise InputError(f"{path}: holds another number of stages than {key.num_stages}")
-        except InputError as error:
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, OverflowError) as error:
             _log.warning("profile cache not used, profiling again: %s", error)
             return None
         return measurements
@@ -88,5 +89,5 @@ class ProfileCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_document(path, _FORMAT, _VERSION, {"key": key.as_text(), "job": measurements.to_document()})
-        except (OSError, InputError) as error:
+        except (OSError, ValueError) as error:
             _log.warning("profile not cached, the next start will profile again: %s", error)

@@ -1,20 +1,22 @@
-"""Reads a GPU's energy counter from a side thread, and remembers when it moved."""
+"""Reads a GPU's energy counter beside training, and remembers when it moved."""
 
 from __future__ import annotations
 
 import threading
-import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import median
 from types import TracebackType
 
 from perseus_core.gpu.device import Device, ThrottleReason
 from perseus_core.gpu.errors import NotSupported
+from perseus_core.runtime.side_threads import SideThread, SideThreads
 
 # A counter that moves every 100 ms fills this in more than half an hour.
 _MAX_READINGS = 20_000
+# The counter's period is the median of so many.
+_REMEMBERED_PERIODS = 199
 # From so long before to so long after a move is expected, the counter is looked at so often.
 _LEAD_S = 0.004
 _CLOSE_LOOK_S = 0.001
@@ -25,7 +27,7 @@ class CounterReading:
     """One move of the energy counter.
 
     Attributes:
-        time_s: when it moved (time.monotonic()): the middle between the look before and the look that saw it.
+        time_s: when it moved (`SideThreads.now_s`): the middle between the look before and the look that saw it.
         uncertainty_s: the time between these two looks.
         energy_j: the counter's new value.
         clock_mhz: the SM clock then; None where the GPU does not tell.
@@ -45,15 +47,22 @@ class EnergySampler:
     A GPU that does not count has its power integrated (`Device.counts_energy`): every look is then a reading.
     """
 
-    def __init__(self, device: Device, period_s: float = 0.005) -> None:
-        """Looks at `device.total_energy_j()` every `period_s`; once it is known when it moves, only about then."""
+    def __init__(self, device: Device, period_s: float = 0.005, *, threads: SideThreads) -> None:
+        """Looks at nothing yet.
+
+        Args:
+            device: the GPU.
+            period_s: how often to look at `device.total_energy_j()`; once it is known when it moves, only about then.
+            threads: time, and the side thread that looks.
+        """
         self._device = device
         self._period_s = period_s
+        self._threads = threads
         self._lock = threading.Lock()
         self._readings: list[CounterReading] = []
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._periods = _Periods()
+        self._follower: _CounterFollower | None = None
+        self._thread: SideThread | None = None
 
     def __enter__(self) -> EnergySampler:
         self.start()
@@ -67,25 +76,23 @@ class EnergySampler:
     @property
     def failure(self) -> Exception | None:
         """Why sampling ended by itself; what was read until then stays."""
-        return self._failure
+        return None if self._follower is None else self._follower.failure
 
     def start(self) -> None:
         """Starts to look; nothing if it already does."""
-        if self._thread is None:
-            self._failure = None
-            # A new one each time: a thread that hung in the driver must still find its own set when it comes back.
-            self._stopping = threading.Event()
-            self._thread = threading.Thread(
-                target=self._sample, args=(self._stopping,), name="perseus-sampler", daemon=True
+        if self._follower is None or self._follower.is_stopping:
+            # A new one each time: one that hung in the driver must still find its own end when it comes back.
+            self._follower = _CounterFollower(
+                self._device, self._period_s, self._threads.now_s, self._keep, self.counter_period_s
             )
-            self._thread.start()
+            self._thread = self._threads.start("perseus-sampler", self._follower.step)
 
-    def stop(self, timeout_s: float = 1.0) -> None:
-        """Stops to look. A call of the driver that hangs is waited for no longer than `timeout_s`."""
-        if self._thread is not None:
-            self._stopping.set()
-            self._thread.join(timeout_s)
-            self._thread = None
+    def stop(self, limit_s: float = 1.0) -> None:
+        """Stops to look, and waits for the thread's end no longer than `limit_s`: a call of the driver may hang."""
+        if self._follower is not None and self._thread is not None:
+            self._follower.is_stopping = True
+            self._thread.wake()
+            self._thread.join(limit_s)
 
     def between(self, begin_s: float, end_s: float) -> tuple[CounterReading, ...]:
         """Readings of a span of time, in order."""
@@ -101,50 +108,14 @@ class EnergySampler:
     def counter_period_s(self) -> float | None:
         """How often the counter moves, as measured; None before it has moved three times."""
         with self._lock:
-            times_s = [reading.time_s for reading in self._readings[-200:]]
-        if len(times_s) < 3:
-            return None
-        return median(after - before for before, after in pairwise(times_s))
-
-    def _sample(self, stopping: threading.Event) -> None:
-        try:
-            self._follow_counter(stopping)
-        except Exception as error:  # whatever it is, it is not training's business
-            self._failure = error
-
-    def _follow_counter(self, stopping: threading.Event) -> None:
-        counts_energy = self._device.counts_energy
-        last_energy_j = self._device.total_energy_j()
-        last_look_s = time.monotonic()
-        expected_s: float | None = None
-        while not stopping.wait(self._wait_s(expected_s)):
-            called_s = time.monotonic()
-            energy_j = self._device.total_energy_j()
-            returned_s = time.monotonic()
-            if energy_j != last_energy_j:
-                # An integrated power is up to date at each call; a counter moved at some time since the last look.
-                earliest_s = last_look_s if counts_energy else called_s
-                self._keep(energy_j, earliest_s, returned_s)
-                last_energy_j = energy_j
-                period_s = self.counter_period_s() if counts_energy else None
-                was_seen_moving = returned_s - earliest_s <= 2 * self._period_s
-                expected_s = (earliest_s + returned_s) / 2 + period_s if period_s and was_seen_moving else None
-            last_look_s = called_s
-
-    def _wait_s(self, expected_s: float | None) -> float:
-        """Until the next look: shortly before the counter should move, and then often until it has."""
-        if expected_s is None:
-            return self._period_s
-        until_s = expected_s - _LEAD_S - time.monotonic()
-        if until_s < -2 * _LEAD_S:
-            return self._period_s
-        return max(_CLOSE_LOOK_S, until_s)
+            return self._periods.median_s()
 
     def _keep(self, energy_j: float, earliest_s: float, latest_s: float) -> None:
         clock_mhz, throttle = self._read_clock()
         middle_s, uncertainty_s = (earliest_s + latest_s) / 2, latest_s - earliest_s
         with self._lock:
             self._readings.append(CounterReading(middle_s, uncertainty_s, energy_j, clock_mhz, throttle))
+            self._periods.add_move(middle_s)
             if len(self._readings) > _MAX_READINGS:
                 del self._readings[: _MAX_READINGS // 2]
 
@@ -157,6 +128,98 @@ class EnergySampler:
             return clock_mhz, self._device.throttle_reasons()
         except NotSupported:
             return clock_mhz, ThrottleReason.NONE
+
+
+class _CounterFollower:
+    """Looks at the counter until it is to stop, or until that fails.
+
+    Attributes:
+        is_stopping: set by others when it is to end.
+        failure: why it ended by itself.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        period_s: float,
+        now_s: Callable[[], float],
+        keep: Callable[[float, float, float], None],
+        counter_period_s: Callable[[], float | None],
+    ) -> None:
+        """Each move is handed to `keep`, as (new value [J], earliest and latest time [s])."""
+        self.is_stopping = False
+        self.failure: Exception | None = None
+        self._device = device
+        self._period_s = period_s
+        self._now_s = now_s
+        self._keep = keep
+        self._counter_period_s = counter_period_s
+        self._counts_energy = True
+        self._last_energy_j: float | None = None
+        self._last_look_s = 0.0
+        self._expected_s: float | None = None
+
+    def step(self) -> float | None:
+        """Looks once; returns how long to wait until the next look, None at the end."""
+        if self.is_stopping:
+            return None
+        try:
+            self._look()
+        except Exception as error:  # whatever it is, it is not training's business
+            self.failure = error
+            return None
+        return self._wait_s()
+
+    def _look(self) -> None:
+        called_s = self._now_s()
+        energy_j = self._device.total_energy_j()
+        if energy_j != self._last_energy_j:
+            returned_s = self._now_s()
+            if self._last_energy_j is None:
+                self._counts_energy = self._device.counts_energy
+            else:
+                # An integrated power is up to date at each call; a counter moved at some time since the last look.
+                earliest_s = self._last_look_s if self._counts_energy else called_s
+                self._keep(energy_j, earliest_s, returned_s)
+                period_s = self._counter_period_s() if self._counts_energy else None
+                was_seen_moving = returned_s - earliest_s <= 2 * self._period_s
+                self._expected_s = (earliest_s + returned_s) / 2 + period_s if period_s and was_seen_moving else None
+            self._last_energy_j = energy_j
+        self._last_look_s = called_s
+
+    def _wait_s(self) -> float:
+        """Until the next look: shortly before the counter should move, and then often until it has."""
+        if self._expected_s is None:
+            return self._period_s
+        until_s = self._expected_s - _LEAD_S - self._now_s()
+        if until_s < -2 * _LEAD_S:
+            return self._period_s
+        return max(_CLOSE_LOOK_S, until_s)
+
+
+class _Periods:
+    """The times between the last moves of a counter, and their median."""
+
+    def __init__(self) -> None:
+        self._last_s: float | None = None
+        self._in_order_of_time: deque[float] = deque()
+        self._in_order_of_length: list[float] = []
+
+    def add_move(self, time_s: float) -> None:
+        if self._last_s is not None:
+            period_s = time_s - self._last_s
+            self._in_order_of_time.append(period_s)
+            insort(self._in_order_of_length, period_s)
+            if len(self._in_order_of_time) > _REMEMBERED_PERIODS:
+                oldest = bisect_left(self._in_order_of_length, self._in_order_of_time.popleft())
+                del self._in_order_of_length[oldest]
+        self._last_s = time_s
+
+    def median_s(self) -> float | None:
+        periods = self._in_order_of_length
+        if len(periods) < 2:
+            return None
+        return (periods[len(periods) // 2] + periods[(len(periods) - 1) // 2]) / 2
 
 
 def _time_s(reading: CounterReading) -> float:

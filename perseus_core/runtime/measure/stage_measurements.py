@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perseus_core.documents import Fields
 from perseus_core.errors import InputError
@@ -83,45 +85,81 @@ class StageMeasurements:
     stage: int
     clocks: tuple[ClockMeasurements, ...]
 
-    def to_numbers(self) -> list[list[float]]:
-        """As plain numbers, one row for each clock and instruction type, for the exchange between ranks."""
-        return [
-            [
-                c.clock_mhz, c.num_iterations, c.outside_time_s, *_estimate_to_numbers(c.waiting),
-                *_estimate_to_numbers(c.outside), i.type.chunk, _KINDS.index(i.type.kind), i.time_s, i.time_std_s,
-                i.samples, *_estimate_to_numbers(i.power),
-            ]
-            for c in self.clocks
-            for i in c.instructions
-        ]  # fmt: skip
+
+KINDS = tuple(Kind)
+"""Kinds in the order in which arrays number them."""
+
+CLOCK_ROW = np.dtype(
+    [
+        ("clock_mhz", "<u2"),
+        ("waiting_w", "<f4"),
+        ("waiting_error_w", "<f4"),
+        ("outside_w", "<f4"),
+        ("outside_time_s", "<f4"),
+    ]
+)
+"""What counts for the job of a `ClockMeasurements`, beside its instructions."""
+
+INSTRUCTION_ROW = np.dtype(
+    [
+        ("chunk", "<u2"),
+        ("kind", "<u2"),
+        ("samples", "<u4"),
+        ("time_s", "<f4"),
+        ("time_std_s", "<f4"),
+        ("power_w", "<f4"),
+        ("power_error_w", "<f4"),
+    ]
+)
+"""What counts for the job of an `InstructionMeasurement`; `kind` is a place in `KINDS`."""
+
+
+@dataclass(frozen=True, eq=False)
+class SweepRows:
+    """What the sweeps of any number of ranks have found, as arrays.
+
+    Attributes:
+        stages: of each rank, shape (ranks,).
+        clocks: one row for each rank and clock, with the columns of `CLOCK_ROW`.
+        rank_of_clock: whose row that is, as a place in `stages`.
+        instructions: one row for each rank, clock and instruction type, with the columns of `INSTRUCTION_ROW`.
+        clock_of_instruction: at which clock of which rank that is, as a place in `clocks`.
+    """
+
+    stages: NDArray[np.int64]
+    clocks: NDArray[Any]
+    rank_of_clock: NDArray[np.int64]
+    instructions: NDArray[Any]
+    clock_of_instruction: NDArray[np.int64]
 
     @classmethod
-    def from_numbers(cls, stage: int, rows: Iterable[Sequence[float]]) -> StageMeasurements:
-        """Undoes `to_numbers`."""
-        clocks: dict[int, ClockMeasurements] = {}
-        for row in rows:
-            chunk, kind, time_s, time_std_s, samples = row[9:14]
-            instruction = InstructionMeasurement(
-                ChunkKind(int(chunk), _KINDS[int(kind)]), time_s, time_std_s, int(samples), PowerEstimate(*row[14:17])
-            )
-            clock_mhz = int(row[0])
-            others = clocks[clock_mhz].instructions if clock_mhz in clocks else ()
-            clocks[clock_mhz] = ClockMeasurements(
-                clock_mhz,
-                (*others, instruction),
-                PowerEstimate(*row[3:6]),
-                PowerEstimate(*row[6:9]),
-                row[2],
-                int(row[1]),
-            )
-        return cls(stage, tuple(clocks.values()))
-
-
-_KINDS = tuple(Kind)
-
-
-def _estimate_to_numbers(estimate: PowerEstimate) -> tuple[float, float, float]:
-    return (estimate.power_w, estimate.standard_error_w, estimate.observed_s)
+    def of(cls, ranks: Iterable[StageMeasurements]) -> SweepRows:
+        """The rows of some ranks."""
+        of_ranks = list(ranks)
+        clocks = [(rank, c) for rank, measured in enumerate(of_ranks) for c in measured.clocks]
+        instructions = [(place, i) for place, (_, c) in enumerate(clocks) for i in c.instructions]
+        return cls(
+            np.array([measured.stage for measured in of_ranks], np.int64),
+            np.array(
+                [
+                    (c.clock_mhz, c.waiting.power_w, c.waiting.standard_error_w, c.outside.power_w, c.outside_time_s)
+                    for _, c in clocks
+                ],
+                CLOCK_ROW,
+            ),
+            np.array([rank for rank, _ in clocks], np.int64),
+            np.array(
+                [
+                    (
+                        *(i.type.chunk, KINDS.index(i.type.kind), i.samples, i.time_s, i.time_std_s),
+                        *(i.power.power_w, i.power.standard_error_w),
+                    )
+                    for _, i in instructions
+                ],
+                INSTRUCTION_ROW,
+            ),
+            np.array([place for place, _ in instructions], np.int64),
+        )
 
 
 @dataclass(frozen=True)
@@ -210,7 +248,7 @@ class JobMeasurements:
             raise InputError(f"{fields.where}: holds no measurements of a job ({error})") from None
 
 
-def merge(ranks: Iterable[StageMeasurements]) -> JobMeasurements:
+def merge(sweeps: SweepRows) -> JobMeasurements:
     """Puts the measurements of all ranks together: of a stage's ranks the slowest counts for time, the mean for energy.
 
     A clock counts for a stage where all its ranks have it, or, where there is no such clock, where any has it.
@@ -218,76 +256,98 @@ def merge(ranks: Iterable[StageMeasurements]) -> JobMeasurements:
     Raises:
         InputError: if a stage has measured nothing.
     """
-    by_stage: dict[int, list[StageMeasurements]] = {}
-    for rank in ranks:
-        by_stage.setdefault(rank.stage, []).append(rank)
-    stages = [by_stage[stage] for stage in sorted(by_stage)]
-    for of_stage in stages:
-        if not any(rank.clocks for rank in of_stage):
-            raise InputError(f"stage {of_stage[0].stage} has measured nothing; give it more iterations to profile in")
-    clocks = [_common_clocks(of_stage) for of_stage in stages]
-    profile = Profile(
-        tuple(
-            measurement
-            for of_stage, by_clock in zip(stages, clocks, strict=True)
-            for at_clock in by_clock.values()
-            for measurement in _of_stage_at_clock(of_stage[0].stage, at_clock)
-        )
+    num_ranks = np.bincount(sweeps.stages)
+    stage_of_clock = sweeps.stages[sweeps.rank_of_clock]
+    num_rows = np.bincount(stage_of_clock, minlength=len(num_ranks))
+    if not num_rows.all():
+        raise InputError(f"stage {num_rows.argmin()} has measured nothing; give it more iterations to profile in")
+    # A group is one stage at one clock.
+    groups, group_of_clock, sizes = np.unique(
+        stage_of_clock << 16 | sweeps.clocks["clock_mhz"], return_inverse=True, return_counts=True
     )
-    blocking = _blocking_powers([[c for at_clock in by_clock.values() for c in at_clock] for by_clock in clocks])
-    highest = [by_clock[max(by_clock)] for by_clock in clocks]
+    stage_of_group = groups >> 16
+    is_common = sizes == num_ranks[stage_of_group]
+    has_common = np.bincount(stage_of_group, is_common) > 0
+    counts = (is_common | ~has_common[stage_of_group])[group_of_clock]
+
+    clocks, stages = sweeps.clocks[counts], stage_of_clock[counts]
+    in_order = np.argsort(stages, kind="stable")
+    by_stage = np.split(clocks[in_order], np.cumsum(np.bincount(stages))[:-1])
+    highest = [of_stage[of_stage["clock_mhz"] == of_stage["clock_mhz"].max()] for of_stage in by_stage]
+    blocking = _blocking_powers([_line(of_stage) for of_stage in by_stage])
+    outside_j = [_outside_energy_j(at_highest, line) for at_highest, line in zip(highest, blocking, strict=True)]
     return JobMeasurements(
-        profile,
+        _merged_profile(sweeps, stage_of_clock, counts),
         blocking,
-        tuple(max(c.outside_time_s for c in at_highest) for at_highest in highest),
-        max(0.0, sum(_outside_energy_j(at_highest, line) for at_highest, line in zip(highest, blocking, strict=True))),
+        tuple(float(at_highest["outside_time_s"].max()) for at_highest in highest),
+        max(0.0, sum(outside_j)),
     )
 
 
-def _common_clocks(ranks: Sequence[StageMeasurements]) -> Mapping[int, list[ClockMeasurements]]:
-    by_clock: dict[int, list[ClockMeasurements]] = {}
-    for rank in ranks:
-        for clock in rank.clocks:
-            by_clock.setdefault(clock.clock_mhz, []).append(clock)
-    common = {clock: found for clock, found in by_clock.items() if len(found) == len(ranks)}
-    return common or by_clock
+def by_type_and_clock(
+    stage: NDArray[Any], chunk: NDArray[Any], kind: NDArray[Any], clock_mhz: NDArray[Any], values: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sorts rows into groups of one instruction type at one clock, in each the row with the largest value first.
+
+    Args:
+        stage, chunk, clock_mhz: of each row, below 2**16, shape (rows,).
+        kind: of each row, a place in `KINDS`.
+        values: of each row.
+
+    Returns:
+        The places of the rows in that order, shape (rows,), and where in it each group begins, shape (groups,).
+    """
+    groups = ((stage.astype(np.int64) << 16 | chunk) << 3 | kind) << 16 | clock_mhz
+    order = np.lexsort((-values, groups))
+    return order, np.flatnonzero(np.diff(groups[order], prepend=-1))
 
 
-def _of_stage_at_clock(stage: int, ranks: Sequence[ClockMeasurements]) -> list[Measurement]:
-    by_type: dict[ChunkKind, list[InstructionMeasurement]] = {}
-    for rank in ranks:
-        for instruction in rank.instructions:
-            by_type.setdefault(instruction.type, []).append(instruction)
-    merged = []
-    for (chunk, kind), found in by_type.items():
-        slowest = max(found, key=lambda i: i.time_s)
-        energy_j = sum(i.energy_j for i in found) / len(found)
-        error_j = math.sqrt(sum((i.relative_error * i.energy_j) ** 2 for i in found)) / len(found)
-        merged.append(
-            Measurement(
-                InstructionType(stage, chunk, kind),
-                ranks[0].clock_mhz,
-                slowest.time_s,
-                energy_j,
-                slowest.samples,
-                slowest.time_std_s,
-                # So that deviation / sqrt(samples) is the standard error, as for independent executions.
-                error_j * math.sqrt(slowest.samples),
-            )
+def _merged_profile(sweeps: SweepRows, stage_of_clock: NDArray[np.int64], counts: NDArray[np.bool_]) -> Profile:
+    """One measurement for each stage, instruction type and clock, of the rows whose clock counts."""
+    counting = counts[sweeps.clock_of_instruction]
+    rows, clock = sweeps.instructions[counting], sweeps.clock_of_instruction[counting]
+    time_s, power_w = rows["time_s"].astype(float), rows["power_w"].astype(float)
+    energy_j = time_s * power_w
+    with np.errstate(divide="ignore", invalid="ignore"):  # a `Measurement` refuses what comes of a time of 0
+        time_error = rows["time_std_s"] / time_s / np.sqrt(rows["samples"])
+    error_j = energy_j * np.hypot(time_error, rows["power_error_w"] / np.maximum(power_w, 1e-9))
+    stage, clock_mhz = stage_of_clock[clock], sweeps.clocks["clock_mhz"][clock]
+    order, begins = by_type_and_clock(stage, rows["chunk"], rows["kind"], clock_mhz, time_s)
+    sizes = np.diff(begins, append=len(order))
+    mean_j = np.add.reduceat(energy_j[order], begins) / sizes
+    mean_error_j = np.sqrt(np.add.reduceat(error_j[order] ** 2, begins)) / sizes
+    slowest = order[begins]
+    samples = rows["samples"][slowest]
+    columns = (
+        *(stage[slowest], rows["chunk"][slowest], rows["kind"][slowest], clock_mhz[slowest]),
+        *(time_s[slowest], mean_j, samples),
+        rows["time_std_s"][slowest].astype(float),
+        # So that deviation / sqrt(samples) is the standard error, as for independent executions.
+        mean_error_j * np.sqrt(samples),
+    )
+    return Profile(
+        tuple(
+            Measurement(InstructionType(stage, chunk, KINDS[kind]), *numbers)
+            for stage, chunk, kind, *numbers in zip(*(column.tolist() for column in columns), strict=True)
         )
-    return merged
+    )
 
 
-def _outside_energy_j(ranks: Sequence[ClockMeasurements], blocking: BlockingPower) -> float:
-    excess_j = [(c.outside.power_w - blocking.at(c.clock_mhz)) * c.outside_time_s for c in ranks]
-    return sum(excess_j) / len(excess_j)
+def _outside_energy_j(at_clock: NDArray[Any], blocking: BlockingPower) -> float:
+    """Mean energy of a stage's ranks outside the pipeline beyond blocking power, at one clock (rows as `CLOCK_ROW`)."""
+    excess_w = at_clock["outside_w"].astype(float) - blocking.at(int(at_clock["clock_mhz"][0]))
+    return float(np.mean(excess_w * at_clock["outside_time_s"]))
 
 
 def blocking_line(clocks: Sequence[ClockMeasurements]) -> BlockingPower:
     """Blocking power over the clock, from the estimates at each clock by their standard errors."""
-    clock = np.array([c.clock_mhz for c in clocks], float)
-    power = np.array([c.waiting.power_w for c in clocks])
-    error = np.array([c.waiting.standard_error_w for c in clocks]) + 1e-6
+    return _line(SweepRows.of([StageMeasurements(0, tuple(clocks))]).clocks)
+
+
+def _line(clocks: NDArray[Any]) -> BlockingPower:
+    """The same from rows as `CLOCK_ROW`."""
+    clock, power = clocks["clock_mhz"].astype(float), clocks["waiting_w"].astype(float)
+    error = clocks["waiting_error_w"].astype(float) + 1e-6
     middle = float((clock.max() + clock.min()) / 2)
     offset = (clock - middle) / max(1.0, clock.max())
     # One more equation keeps the slope near half of the power where the clocks do not tell.
@@ -301,26 +361,28 @@ def blocking_line(clocks: Sequence[ClockMeasurements]) -> BlockingPower:
     return BlockingPower(float(solution[0]), middle, float(solution[1]) / max(1.0, clock.max()), standard_error_w)
 
 
-def _blocking_powers(stages: Sequence[Sequence[ClockMeasurements]]) -> tuple[BlockingPower, ...]:
-    """A line for each stage; one that is known worse than the others differ among themselves is drawn towards them."""
-    own = [blocking_line(clocks) for clocks in stages]
+def _blocking_powers(own: Sequence[BlockingPower]) -> tuple[BlockingPower, ...]:
+    """Draws the line of a stage that is known worse than the others differ among themselves towards theirs."""
     if len(own) == 1:
         return tuple(own)
+    power_w, clock_mhz, slope, error_w = np.array(
+        [(line.power_w, line.clock_mhz, line.slope_w_per_mhz, line.standard_error_w) for line in own]
+    ).T
     drawn = []
     for i, line in enumerate(own):
-        others = own[:i] + own[i + 1 :]
-        weights = np.array([other.standard_error_w**-2.0 for other in others])
-        at_middle = np.array([other.at(line.clock_mhz) for other in others])
-        mean = float(np.average(at_middle, weights=weights))
-        variance_of_mean = 1 / float(weights.sum()) + (_STAGE_SPREAD * mean) ** 2
+        weights = error_w**-2.0
+        weights[i] = 0.0
+        at_middle = np.maximum(0.0, power_w + slope * (line.clock_mhz - clock_mhz))
+        mean_w = float(np.average(at_middle, weights=weights))
+        variance_of_mean = 1 / float(weights.sum()) + (_STAGE_SPREAD * mean_w) ** 2
         variance = line.standard_error_w**2
         trust = variance_of_mean / (variance + variance_of_mean)
-        slope = float(np.average([other.slope_w_per_mhz for other in others], weights=weights))
+        mean_slope = float(np.average(slope, weights=weights))
         drawn.append(
             BlockingPower(
-                trust * line.power_w + (1 - trust) * mean,
+                trust * line.power_w + (1 - trust) * mean_w,
                 line.clock_mhz,
-                trust * line.slope_w_per_mhz + (1 - trust) * slope,
+                float(trust * line.slope_w_per_mhz + (1 - trust) * mean_slope),
                 math.sqrt(trust * variance),
             )
         )

@@ -6,14 +6,14 @@ hands in what the iterations and the energy counter said.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 from perseus_core.errors import InputError
 from perseus_core.gpu.device import ThrottleReason
-from perseus_core.runtime.measure.energy import ChunkKind, Iteration, solve_powers, undisturbed
+from perseus_core.runtime.measure.energy import ChunkKind, Iteration, solve_powers
 from perseus_core.runtime.measure.sampler import CounterReading
 from perseus_core.runtime.measure.stage_measurements import (
     ClockMeasurements,
@@ -134,6 +134,8 @@ class Sweep:
         self._position = 0
         self._iterations: dict[int, list[Iteration]] = {}
         self._readings: list[CounterReading] = []
+        self._measured: dict[int, ClockMeasurements | None] = {}
+        self._measured_from: dict[int, tuple[int, int, int]] = {}
         self._last_asked_mhz: int | None = None
         self._since_change = 0
         self._tries = 0
@@ -260,28 +262,45 @@ class Sweep:
         )
 
     def _measure(self, clock_mhz: int) -> ClockMeasurements | None:
+        """What the iterations at a clock tell; solved anew only when more has become known of them."""
         iterations = self._iterations[clock_mhz]
-        powers = solve_powers(iterations, self._readings_between(iterations[0].begin_s, iterations[-1].end_s))
-        if powers is None:
-            return None
-        instructions = []
-        for instruction_type, power in powers.instructions.items():
-            durations = [s.end_s - s.begin_s for i in iterations for s in i.spans if s.type == instruction_type]
-            kept = [d for d, usual in zip(durations, undisturbed(durations), strict=True) if usual]
-            spread_s = stdev(kept) if len(kept) > 1 else 0.0
-            instructions.append(InstructionMeasurement(instruction_type, fmean(kept), spread_s, len(kept), power))
-        return ClockMeasurements(
-            clock_mhz,
-            tuple(instructions),
-            powers.waiting,
-            powers.outside,
-            fmean(i.end_s - i.spans[-1].end_s for i in iterations),
-            len(iterations),
-        )
+        first, last = self._places_between(iterations[0].begin_s, iterations[-1].end_s)
+        known = (len(iterations), first, last)
+        if self._measured_from.get(clock_mhz) != known:
+            self._measured_from[clock_mhz] = known
+            self._measured[clock_mhz] = _measure(clock_mhz, iterations, self._readings[first:last])
+        return self._measured[clock_mhz]
 
     def _readings_between(self, begin_s: float, end_s: float) -> list[CounterReading]:
+        first, last = self._places_between(begin_s, end_s)
+        return self._readings[first:last]
+
+    def _places_between(self, begin_s: float, end_s: float) -> tuple[int, int]:
         first = bisect_left(self._readings, begin_s, key=_time_s)
-        return self._readings[first : bisect_right(self._readings, end_s, key=_time_s)]
+        return first, bisect_right(self._readings, end_s, lo=first, key=_time_s)
+
+
+def _measure(
+    clock_mhz: int, iterations: Sequence[Iteration], readings: Sequence[CounterReading]
+) -> ClockMeasurements | None:
+    powers = solve_powers(iterations, readings)
+    if powers is None:
+        return None
+    instructions = []
+    for instruction_type, power in powers.instructions.items():
+        durations_s = powers.durations_s[instruction_type]
+        samples = len(durations_s)
+        mean_s = float(durations_s.sum()) / samples
+        variance_s2 = float(((durations_s - mean_s) ** 2).sum()) / max(1, samples - 1)
+        instructions.append(InstructionMeasurement(instruction_type, mean_s, math.sqrt(variance_s2), samples, power))
+    return ClockMeasurements(
+        clock_mhz,
+        tuple(instructions),
+        powers.waiting,
+        powers.outside,
+        sum(i.end_s - i.spans[-1].end_s for i in iterations) / len(iterations),
+        len(iterations),
+    )
 
 
 def _is_as_asked(reading: CounterReading, asked_mhz: int) -> bool:

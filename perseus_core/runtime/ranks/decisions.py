@@ -1,112 +1,37 @@
-"""Where the whole job stands, worked out by every rank for itself from the same heartbeats.
+"""Where the whole job stands and what follows: rank 0 works it out from what all ranks tell, as arrays.
 
-All ranks feed the heartbeats of the same iteration in the same order into the same code, so they come to the same
-conclusions without asking each other. What follows from the heartbeats of iteration n holds from iteration n + 2 on:
-by then every rank has them.
+Whatever is decided holds from an iteration that lies so far ahead that all ranks hear of it before (`soonest`).
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
+from typing import Any
 
-from perseus_core.runtime.ranks.heartbeat import Heartbeat, Introduction
-from perseus_core.runtime.ranks.iteration_stream import IterationStream
+import numpy as np
+from numpy.typing import NDArray
+
+from perseus_core.runtime.ranks.job_table import JobTable
+from perseus_core.runtime.ranks.order import Baseline, Phase, Reason
+from perseus_core.runtime.ranks.plan_summary import PlanSummary
 from perseus_core.runtime.ranks.plan_watch import PlanWatch, Verdict
-from perseus_core.runtime.ranks.speed_watch import RankSpeed, SlowRank, SpeedWatch
+from perseus_core.runtime.ranks.records import StateFlag
+from perseus_core.runtime.ranks.speed_watch import SlowRank, SpeedWatch
 
 # Iterations without a plan of their own that come so often get one.
 _OFTEN = 10
 _MOST_COOL_PATIENCE = 1000
-
-
-class Phase(Enum):
-    """What the job does."""
-
-    WARM_UP = "warm up"
-    PROFILE = "profile"
-    COLLECT = "collect"
-    SOLVE = "solve"
-    RUN = "run"
-    RECHECK = "recheck"
-    MEASURE_ONLY = "measure only"
-    STEPPED_ASIDE = "stepped aside"
-
-
-class Reason(Enum):
-    """Why measurements are collected."""
-
-    PROFILED = "profiled"
-    SLOWER = "slower than allowed"
-    SPEED_CHANGED = "a GPU changed its speed"
-    RECOVERED = "a GPU may be as fast as before"
-    BASELINE_CHANGED = "the job itself has become slower"
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The job without us: clocks left to the driver.
-
-    Attributes:
-        num_microbatches: of one iteration.
-        time_s: of one iteration.
-        energy_j: of one iteration, one GPU for each stage; 0 while not known.
-    """
-
-    num_microbatches: int
-    time_s: float
-    energy_j: float = 0.0
-
-
-@dataclass(frozen=True)
-class ActivePlan:
-    """What the ranks need to know of a plan to judge it.
-
-    Attributes:
-        number: plans are numbered from 1.
-        num_microbatches: of the iteration it is for.
-        limit_time_s: how long an iteration may take under it.
-        promised_time_s: how long it should take.
-        promised_saving: share of the energy that it should save.
-    """
-
-    number: int
-    num_microbatches: int
-    limit_time_s: float
-    promised_time_s: float
-    promised_saving: float
-
-
-@dataclass
-class Orders:
-    """What the heartbeats of one iteration ask every rank to do now.
-
-    Attributes:
-        collect_sizes: bytes each rank sends to rank 0 now.
-        distribute_bytes: bytes of a plan that rank 0 sends to all now.
-        apply: number of the plan to run from now on.
-        slow_rank: a GPU has become slower than its profile.
-        wanted_microbatches: iterations of so many microbatches come often and have no plan; 0 for none.
-        verdict: of the plan that runs.
-        aside: ranks because of which all stop.
-        phase_changed: `phase` is a new one.
-    """
-
-    collect_sizes: tuple[int, ...] | None = None
-    distribute_bytes: int | None = None
-    apply: int | None = None
-    slow_rank: SlowRank | None = None
-    wanted_microbatches: int = 0
-    verdict: Verdict | None = None
-    aside: tuple[int, ...] = ()
-    phase_changed: bool = False
+# Energies of iterations are remembered so long: verdicts and the status speak of them.
+_REMEMBERED_ITERATIONS = 1000
+# Ranks end their training within so many iterations of each other.
+_ENDING_ITERATIONS = 16
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The few settings that decisions depend on; the same on all ranks."""
+    """The few settings that decisions depend on."""
 
     measure_only: bool
     warmup_iterations: int
@@ -118,256 +43,290 @@ class Limits:
 
 
 @dataclass
-class Coordination:
+class Conclusions:
+    """What follows from what was told, beside the job's new state.
+
+    Attributes:
+        phase_changed: `phase` is a new one.
+        collect_now: all ranks have put their measurements into the store.
+        applied: number of the plan that all ranks run from `Decisions.from_iteration` on; 0 for none.
+        slow_rank: a GPU has become slower than its profile.
+        wanted_microbatches: iterations of so many microbatches come often and have no plan; 0 for none.
+        verdict: of the plan that runs.
+        aside: ranks because of which all stop.
+    """
+
+    phase_changed: bool = False
+    collect_now: bool = False
+    applied: int = 0
+    slow_rank: SlowRank | None = None
+    wanted_microbatches: int = 0
+    verdict: Verdict | None = None
+    aside: tuple[int, ...] = ()
+
+
+class Decisions:
     """The job's state.
 
     Attributes:
-        introductions: of all ranks.
-        limits: settings.
         phase: what the job does.
+        from_iteration: it does so from this iteration on.
         baseline: once measured.
         collection: how often measurements were collected, the one under way included.
         reason: what the newest collection is for.
-        plan: number of the plan that runs, 0 for none.
-        observed: how many iterations' heartbeats have been taken in.
+        plan: number of the plan that was applied last, 0 for none.
+        slow_ranks: ranks that were last seen slower than their profile.
     """
 
-    introductions: Sequence[Introduction]
-    limits: Limits
-    phase: Phase = Phase.WARM_UP
-    baseline: Baseline | None = None
-    collection: int = 0
-    reason: Reason = Reason.PROFILED
-    plan: int = 0
-    observed: int = 0
-    _times: IterationStream = field(init=False)
-    _energies: IterationStream = field(init=False)
-    _baseline_iterations: dict[int, float] = field(default_factory=dict)
-    _baseline_microbatches: int = 0
-    _num_skipped: int = 0
-    _energy_of: dict[int, float] = field(default_factory=dict)
-    _collected: int = 0
-    _distributed: int = 0
-    _speeds: SpeedWatch = field(init=False)
-    _watch: PlanWatch | None = None
-    _corrections: int = 0
-    _recheck_from: int = 0
-    _others: dict[int, int] = field(default_factory=dict)
-    _cool_iterations: int = 0
-    _cool_patience: int = 10
-    _is_speed_corrected: bool = False
+    def __init__(
+        self,
+        table: JobTable,
+        limits: Limits,
+        *,
+        baseline: Baseline | None = None,
+        has_profile: bool = False,
+        has_plan: bool = False,
+    ) -> None:
+        """All ranks are there, and each has found its GPU or has none.
 
-    def __post_init__(self) -> None:
-        self._times = IterationStream(len(self.introductions))
-        self._energies = IterationStream(len(self.introductions))
-        self._speeds = SpeedWatch([int(i.stage) for i in self.introductions], self.limits.slow_gpu)
-        first = self.introductions[0]
-        if first.saved_baseline_time_s:
-            self.baseline = Baseline(
-                int(first.saved_num_microbatches), first.saved_baseline_time_s, first.saved_baseline_energy_j
-            )
-        if first.has_plan and self.can_lock and not self.limits.measure_only:
-            self.phase = Phase.SOLVE
+        Args:
+            table: what the ranks tell.
+            limits: settings.
+            baseline: of an earlier run of this job, with its plan.
+            has_profile: a profile of this job is known.
+            has_plan: a plan of this job is known.
+        """
+        self._table = table
+        self._limits = limits
+        self._has_profile = has_profile
+        self.baseline = baseline
+        self.phase = Phase.SOLVE if has_plan and self._can_lock and not limits.measure_only else Phase.WARM_UP
+        self.from_iteration = 0
+        self.collection = 0
+        self.reason = Reason.PROFILED
+        self.plan = 0
+        self._collected = 0
+        self._baseline_iterations: dict[int, float] = {}
+        self._baseline_microbatches = 0
+        self._num_skipped = 0
+        self._energy_of: dict[int, float] = {}
+        self._of_first_stage = table.stage == 0
+        self._speeds = SpeedWatch(table.stage, limits.slow_gpu)
+        self._watch: PlanWatch | None = None
+        self._corrections = 0
+        self._others: dict[int, int] = {}
+        self._cool_iterations = 0
+        self._cool_patience = 10
+        self._is_speed_corrected = False
 
     @property
-    def can_lock(self) -> bool:
-        """Whether, at the start, every rank could set its clock."""
-        return all(i.can_lock for i in self.introductions)
+    def measures_only(self) -> bool:
+        """Whether the user wants no more than measurements."""
+        return self._limits.measure_only
 
     @property
     def slow_ranks(self) -> tuple[int, ...]:
         """Ranks that were last seen slower than their profile."""
         return self._speeds.slow_ranks
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether the plan in force has been judged once."""
-        return self._watch is not None and self._watch.num_verdicts > 0
-
-    @property
-    def may_correct(self) -> bool:
-        """Whether another correction is allowed."""
-        return self._corrections < self.limits.max_corrections
-
     def iteration_energy_j(self, iterations: Sequence[int]) -> float | None:
         """Mean energy of some iterations, one GPU for each stage; None while it is not known."""
         known = [self._energy_of[i] for i in iterations if i in self._energy_of]
         return statistics.fmean(known) if known else None
 
-    def observe(self, beats: Sequence[Heartbeat]) -> Orders:
-        """Takes in the heartbeats of the next iteration and says what follows."""
-        orders = Orders()
-        before = self.phase
-        self.observed += 1
-        # Energies first: they are told later than times, so a verdict finds as many as possible.
-        for iteration, of_ranks in self._energies.add([b.counted for b in beats], beats):
-            self._note_energy(iteration, [b.energy_j for b in of_ranks])
-        for iteration, of_ranks in self._times.add([b.timed for b in beats], beats):
-            self._note_time(iteration, of_ranks, orders)
-        if self.phase is not Phase.STEPPED_ASIDE:
-            self._look_for_trouble(beats, orders)
-            self._advance(beats, orders)
-        orders.phase_changed = self.phase is not before
-        return orders
+    def conclude(self, soonest: int, offered: int) -> Conclusions:
+        """Goes through what was told since the last call, and says what follows.
 
-    def begin_watching(self, plan: ActivePlan, from_iteration: int) -> None:
-        """A plan is in force from an iteration on."""
-        self._watch = PlanWatch(plan, self.limits.watch_iterations, self.limits.tolerance, from_iteration + 1)
+        Args:
+            soonest: the first iteration that an order given now can hold from.
+            offered: number of the newest plan that all ranks can fetch.
+        """
+        conclusions = Conclusions()
+        before = self.phase
+        # Energies first: they are told later than times, so a verdict finds as many as possible.
+        for iteration, energies_j in self._table.energies_j.complete():
+            self._note_energy(iteration, energies_j)
+        for iteration, times in self._table.times.complete():
+            self._note_time(iteration, times, conclusions)
+            if self.phase is not Phase.STEPPED_ASIDE:
+                self._advance(soonest, conclusions)
+        if self.phase is not Phase.STEPPED_ASIDE:
+            self._look_for_trouble(soonest, conclusions)
+            self._advance(soonest, conclusions)
+            self._apply_what_arrived(soonest, offered, conclusions)
+        conclusions.phase_changed = self.phase is not before
+        return conclusions
+
+    def begin_watching(self, plan: PlanSummary) -> None:
+        """The plan that was applied last is the one to be judged."""
+        # In its first iteration clocks may still change.
+        from_iteration = self.from_iteration + 1
+        self._watch = PlanWatch(plan, self._limits.watch_iterations, self._limits.tolerance, from_iteration)
         self._speeds.forget()
         self._others.clear()
         self._cool_iterations = 0
 
-    def step_back(self) -> None:
-        """Plans did not keep their promise: clocks are left to the driver for good."""
-        self.phase, self.plan, self._watch = Phase.MEASURE_ONLY, 0, None
+    def step_aside(self) -> None:
+        """Something failed: the job goes on without us."""
+        self.phase, self.plan, self._watch, self.from_iteration = Phase.STEPPED_ASIDE, 0, None, 0
+
+    @property
+    def _can_lock(self) -> bool:
+        return bool(self._table.which(StateFlag.CAN_LOCK).all())
+
+    def _enter(self, phase: Phase, soonest: int) -> None:
+        self.phase, self.from_iteration = phase, soonest
 
     # One iteration
 
-    def _note_energy(self, iteration: int, energies_j: Sequence[float]) -> None:
-        if any(energy <= 0 for energy in energies_j):
+    def _note_energy(self, iteration: int, energies_j: NDArray[np.float32]) -> None:
+        if (energies_j <= 0).any():
             return  # unknown on some rank
-        by_stage: dict[int, list[float]] = {}
-        for introduction, energy_j in zip(self.introductions, energies_j, strict=True):
-            by_stage.setdefault(int(introduction.stage), []).append(energy_j)
-        self._energy_of[iteration] = sum(statistics.fmean(of_stage) for of_stage in by_stage.values())
-        for old in [i for i in self._energy_of if i < iteration - 1000]:
+        ranks_of_stage = np.bincount(self._table.stage)
+        sums_j = np.bincount(self._table.stage, energies_j)
+        self._energy_of[iteration] = float((sums_j / ranks_of_stage).sum())
+        for old in [i for i in self._energy_of if i < iteration - _REMEMBERED_ITERATIONS]:
             del self._energy_of[old]
         is_of_baseline = iteration in self._baseline_iterations and self.phase is not Phase.RECHECK
         if is_of_baseline and self.baseline is not None:
             mean_j = self.iteration_energy_j(list(self._baseline_iterations))
             self.baseline = Baseline(self.baseline.num_microbatches, self.baseline.time_s, mean_j or 0.0)
 
-    def _note_time(self, iteration: int, of_ranks: Sequence[Heartbeat], orders: Orders) -> None:
-        counts = {int(b.num_microbatches) for b in of_ranks}
-        if counts == {0} or len(counts) > 1:
+    def _note_time(self, iteration: int, times: NDArray[Any], conclusions: Conclusions) -> None:
+        num_microbatches = int(times["microbatches"][0])
+        if num_microbatches == 0 or (times["microbatches"] != num_microbatches).any():
             self._speeds.skip()
             return
-        num_microbatches = counts.pop()
         # From its first forward to its last backward, the first stage sees the whole pipeline pass.
-        time_s = max(
-            b.span_s for b, introduction in zip(of_ranks, self.introductions, strict=True) if introduction.stage == 0
-        )
-        self._cool_iterations = 0 if any(b.throttled for b in of_ranks) else self._cool_iterations + 1
+        time_s = float(times["span_s"][self._of_first_stage].max())
+        self._cool_iterations = 0 if times["throttled"].any() else self._cool_iterations + 1
         if self.phase is Phase.WARM_UP:
             self._note_baseline(iteration, num_microbatches, time_s)
         elif self._is_recheck(iteration) and num_microbatches == self._baseline_microbatches:
             self._baseline_iterations[iteration] = time_s
         if self._watch is None or iteration >= self._watch.from_iteration:
-            speeds = [RankSpeed(b.seen_s, b.expected_s, bool(b.throttled)) for b in of_ranks]
-            orders.slow_rank = orders.slow_rank or self._speeds.note(speeds, iteration)
+            slow = self._speeds.note(iteration, times["seen_s"], times["expected_s"], times["throttled"])
+            conclusions.slow_rank = conclusions.slow_rank or slow
         if self.phase is Phase.RUN and self._watch is not None:
             if num_microbatches == self._watch.plan.num_microbatches:
-                orders.verdict = self._watch.note(iteration, time_s) or orders.verdict
+                conclusions.verdict = self._watch.note(iteration, time_s) or conclusions.verdict
             else:
-                self._count_other(num_microbatches, orders)
+                self._count_other(num_microbatches, conclusions)
 
-    def _count_other(self, num_microbatches: int, orders: Orders) -> None:
+    def _count_other(self, num_microbatches: int, conclusions: Conclusions) -> None:
         count = self._others[num_microbatches] = self._others.get(num_microbatches, 0) + 1
         if count == _OFTEN:
-            orders.wanted_microbatches = num_microbatches
+            conclusions.wanted_microbatches = num_microbatches
 
     def _note_baseline(self, iteration: int, num_microbatches: int, time_s: float) -> None:
         if num_microbatches != self._baseline_microbatches:
             self._baseline_microbatches = num_microbatches
             self._baseline_iterations.clear()
             self._num_skipped = 0
-        if self._num_skipped < self.limits.warmup_iterations:
+        if self._num_skipped < self._limits.warmup_iterations:
             self._num_skipped += 1
-        else:
+        elif len(self._baseline_iterations) < self._limits.baseline_iterations:
             self._baseline_iterations[iteration] = time_s
 
-    # All iterations
+    # What follows
 
-    def _look_for_trouble(self, beats: Sequence[Heartbeat], orders: Orders) -> None:
-        failed = tuple(rank for rank, b in enumerate(beats) if b.failed)
-        unable = tuple(rank for rank, b in enumerate(beats) if not b.can_lock)
+    def _look_for_trouble(self, soonest: int, conclusions: Conclusions) -> None:
+        failed = self._table.ranks_with(StateFlag.FAILED)
         if failed:
-            self.phase, self.plan, orders.aside = Phase.STEPPED_ASIDE, 0, failed
-        elif unable and self.phase not in (Phase.WARM_UP, Phase.MEASURE_ONLY):
-            self.phase, self.plan, self._watch, orders.aside = Phase.MEASURE_ONLY, 0, None, unable
+            self.step_aside()
+            conclusions.aside = failed
+        elif self._table.which(StateFlag.LEFT).any():
+            # Training usually ends, everywhere. If it does not, half a plan is no plan.
+            self.step_aside()
+            self.from_iteration = soonest + _ENDING_ITERATIONS
+        elif not self._can_lock and self.phase not in (Phase.WARM_UP, Phase.MEASURE_ONLY):
+            self._step_back(soonest)
+            conclusions.aside = self._table.ranks_without(StateFlag.CAN_LOCK)
 
-    def _advance(self, beats: Sequence[Heartbeat], orders: Orders) -> None:
-        if self.phase is Phase.WARM_UP and len(self._baseline_iterations) >= self.limits.baseline_iterations:
-            self._end_warm_up(beats, orders)
-        elif self.phase is Phase.PROFILE and all(b.sweep_done for b in beats):
-            self._start_collection(Reason.PROFILED)
-        elif self.phase is Phase.COLLECT and all(b.part == self.collection for b in beats):
+    def _advance(self, soonest: int, conclusions: Conclusions) -> None:
+        if self.phase is Phase.WARM_UP and len(self._baseline_iterations) >= self._limits.baseline_iterations:
+            self._end_warm_up(soonest, conclusions)
+        elif self.phase is Phase.PROFILE and self._table.which(StateFlag.SWEPT).all():
+            self._start_collection(Reason.PROFILED, soonest)
+        elif self.phase is Phase.COLLECT and (self._table.reported == self.collection).all():
             if self._collected < self.collection:
                 self._collected = self.collection
-                orders.collect_sizes = tuple(int(b.part_bytes) for b in beats)
-            self.phase = Phase.SOLVE
+                conclusions.collect_now = True
+            self._enter(Phase.SOLVE, self.from_iteration)
         elif self.phase is Phase.RUN:
-            self._react(orders)
-        elif self.phase is Phase.RECHECK and len(self._baseline_iterations) >= self.limits.baseline_iterations:
-            self._end_recheck()
-        if self.phase in (Phase.SOLVE, Phase.RUN):
-            newest = int(beats[0].plan)
-            if newest > self._distributed:
-                self._distributed = newest
-                orders.distribute_bytes = int(beats[0].plan_bytes)
-            received = min(int(b.received) for b in beats)
-            if received > self.plan:
-                self.plan = orders.apply = received
-                self.phase = Phase.RUN
+            self._react(soonest, conclusions)
+        elif self.phase is Phase.RECHECK and len(self._baseline_iterations) >= self._limits.baseline_iterations:
+            self._end_recheck(soonest)
 
-    def _end_warm_up(self, beats: Sequence[Heartbeat], orders: Orders) -> None:
+    def _apply_what_arrived(self, soonest: int, offered: int, conclusions: Conclusions) -> None:
+        if self.phase in (Phase.SOLVE, Phase.RUN) and offered > self.plan and (self._table.received == offered).all():
+            self.plan = conclusions.applied = offered
+            self._enter(Phase.RUN, soonest)
+
+    def _end_warm_up(self, soonest: int, conclusions: Conclusions) -> None:
         self.baseline = self._measured_baseline()
-        if self.limits.measure_only:
-            self.phase = Phase.MEASURE_ONLY
-        elif unable := tuple(rank for rank, b in enumerate(beats) if not b.can_lock):
-            self.phase, orders.aside = Phase.MEASURE_ONLY, unable
-        elif self.introductions[0].has_profile:
-            self._start_collection(Reason.PROFILED)
+        if self._limits.measure_only:
+            self._enter(Phase.MEASURE_ONLY, soonest)
+        elif not self._can_lock:
+            self._enter(Phase.MEASURE_ONLY, soonest)
+            conclusions.aside = self._table.ranks_without(StateFlag.CAN_LOCK)
+        elif self._has_profile:
+            self._start_collection(Reason.PROFILED, soonest)
         else:
-            self.phase = Phase.PROFILE
+            self._enter(Phase.PROFILE, soonest)
 
     def _measured_baseline(self) -> Baseline:
         time_s = statistics.median(self._baseline_iterations.values())
         energy_j = self.iteration_energy_j(list(self._baseline_iterations))
         return Baseline(self._baseline_microbatches, time_s, energy_j or 0.0)
 
-    def _start_recheck(self) -> None:
+    def _start_recheck(self, soonest: int) -> None:
         """Corrections have not helped. Whether the plan is to blame only an iteration without it can tell."""
         assert self.baseline is not None, "a plan was compared with it"
-        self.phase = Phase.RECHECK
+        self._enter(Phase.RECHECK, soonest)
         self._baseline_microbatches = self.baseline.num_microbatches
         self._baseline_iterations.clear()
-        # One iteration more goes on with the plan, and in the one after that the clocks may still change.
-        self._recheck_from = self.observed + 2
 
     def _is_recheck(self, iteration: int) -> bool:
-        return self.phase is Phase.RECHECK and iteration >= self._recheck_from
+        # In its first iteration clocks may still change.
+        return self.phase is Phase.RECHECK and iteration > self.from_iteration
 
-    def _end_recheck(self) -> None:
+    def _end_recheck(self, soonest: int) -> None:
         found = self._measured_baseline()
         assert self.baseline is not None, "there was one before"
-        if found.time_s > self.baseline.time_s * (1 + self.limits.tolerance):
+        if found.time_s > self.baseline.time_s * (1 + self._limits.tolerance):
             self.baseline = found
             self._corrections = 0
-            self._start_collection(Reason.BASELINE_CHANGED)
+            self._start_collection(Reason.BASELINE_CHANGED, soonest)
         else:
-            self.step_back()
+            self._step_back(soonest)
 
-    def _start_collection(self, reason: Reason) -> None:
+    def _step_back(self, soonest: int) -> None:
+        """Plans did not keep their promise, or a clock cannot be set: clocks are left to the driver for good."""
+        self._enter(Phase.MEASURE_ONLY, soonest)
+        self.plan, self._watch = 0, None
+
+    def _start_collection(self, reason: Reason, soonest: int) -> None:
         self.collection += 1
         self.reason = reason
-        self.phase = Phase.COLLECT
+        self._enter(Phase.COLLECT, soonest)
 
-    def _react(self, orders: Orders) -> None:
+    def _react(self, soonest: int, conclusions: Conclusions) -> None:
+        verdict = conclusions.verdict
         if self._speeds.has_changed:
             self._speeds.react()
             self._is_speed_corrected = True
-            self._start_collection(Reason.SPEED_CHANGED)
+            self._start_collection(Reason.SPEED_CHANGED, soonest)
         elif self._is_speed_corrected and self._cool_iterations >= self._cool_patience:
             # A GPU that is asked for no more than heat allows does not show that it could do more again: try.
             self._cool_patience = min(2 * self._cool_patience, _MOST_COOL_PATIENCE)
             self._is_speed_corrected = False
-            self._start_collection(Reason.RECOVERED)
-        elif orders.verdict is not None and orders.verdict.is_slow:
-            if self.may_correct:
+            self._start_collection(Reason.RECOVERED, soonest)
+        elif verdict is not None and verdict.is_slow:
+            if self._corrections < self._limits.max_corrections:
                 self._corrections += 1
-                self._start_collection(Reason.SLOWER)
+                self._start_collection(Reason.SLOWER, soonest)
             else:
-                self._start_recheck()
-        elif orders.verdict is not None and self._watch is not None and self._watch.num_verdicts % 10 == 0:
+                self._start_recheck(soonest)
+        elif verdict is not None and self._watch is not None and self._watch.num_verdicts % 10 == 0:
             self._corrections = 0

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from perseus_core.runtime.ranks.decisions import ActivePlan
+from perseus_core.runtime.ranks.plan_summary import PlanSummary
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class PlanWatch:
         num_verdicts: how many verdicts there were.
     """
 
-    plan: ActivePlan
+    plan: PlanSummary
     window: int
     tolerance: float
     from_iteration: int

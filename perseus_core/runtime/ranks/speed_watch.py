@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 # How many iterations in a row before anything but a log line follows; twice as many after each reaction. Where the GPU
 # itself says that it is held down fewer will do than where anything may have disturbed it.
@@ -13,38 +15,29 @@ _MOST_REACTION_ITERATIONS = 200
 
 
 @dataclass(frozen=True)
-class RankSpeed:
-    """One rank in one iteration.
+class SlowRank:
+    """A GPU that is slower than its profile.
 
     Attributes:
+        rank: which.
+        stage: its stage.
+        iteration: in which iteration it was seen.
         seen_s: sum of its instructions' durations.
-        expected_s: what that sum should be, 0 if nothing is expected.
+        expected_s: what that sum should be.
         throttled: the GPU says that power or heat holds its clock down.
     """
 
+    rank: int
+    stage: int
+    iteration: int
     seen_s: float
     expected_s: float
     throttled: bool
 
     @property
     def slowness(self) -> float:
-        """By which share it is slower than expected; negative when faster."""
-        return self.seen_s / self.expected_s - 1 if self.expected_s else 0.0
-
-
-@dataclass(frozen=True)
-class SlowRank:
-    """A GPU that is slower than its profile.
-
-    Attributes:
-        rank: which.
-        iteration: in which iteration it was seen.
-        speed: what was seen.
-    """
-
-    rank: int
-    iteration: int
-    speed: RankSpeed
+        """By which share it is slower than expected."""
+        return self.seen_s / self.expected_s - 1
 
 
 class SpeedWatch:
@@ -54,7 +47,7 @@ class SpeedWatch:
         has_changed: a stage has been slower, or faster, than expected for some iterations in a row.
     """
 
-    def __init__(self, stages: Sequence[int], threshold: float) -> None:
+    def __init__(self, stages: NDArray[np.int32], threshold: float) -> None:
         """Nothing seen yet.
 
         Args:
@@ -64,41 +57,53 @@ class SpeedWatch:
         self._threshold = threshold
         self.has_changed = False
         self._stages = stages
-        self._streaks: dict[int, int] = {}
-        self._flagged: set[int] = set()
+        self._num_stages = int(stages.max()) + 1
+        self._streaks = np.zeros(self._num_stages, np.int64)
+        self._flagged = np.zeros(len(stages), bool)
         self._patience = _REACTION_ITERATIONS
 
     @property
     def slow_ranks(self) -> tuple[int, ...]:
         """Ranks that were last seen slower than expected."""
-        return tuple(sorted(self._flagged))
+        return tuple(np.flatnonzero(self._flagged).tolist())
 
-    def note(self, speeds: Sequence[RankSpeed], iteration: int) -> SlowRank | None:
-        """Takes in one iteration; returns the slowest rank if it has not been called slow before."""
+    def note(self, iteration: int, seen_s: ArrayLike, expected_s: ArrayLike, throttled: ArrayLike) -> SlowRank | None:
+        """Takes in one iteration; returns the slowest rank if it has not been called slow before.
+
+        Args:
+            iteration: which.
+            seen_s: sum of each rank's instructions' durations.
+            expected_s: what that sum should be, 0 if nothing is expected.
+            throttled: the rank's GPU says that power or heat holds its clock down.
+        """
+        seen, expected, held = np.asarray(seen_s, float), np.asarray(expected_s, float), np.asarray(throttled, bool)
+        is_expected = expected > 0
+        slowness = np.divide(seen, expected, out=np.ones_like(seen), where=is_expected) - 1
+        self._flagged &= ~(is_expected & (slowness <= self._threshold))
         # What is expected of a stage is the time of its slowest rank: others may always be faster.
-        of_stage: dict[int, float] = {}
-        explained: set[int] = set()
-        for rank, (stage, speed) in enumerate(zip(self._stages, speeds, strict=True)):
-            of_stage[stage] = max(of_stage.get(stage, -1.0), speed.slowness)
-            if speed.throttled:
-                explained.add(stage)
-            if speed.expected_s and speed.slowness <= self._threshold:
-                self._flagged.discard(rank)
-        for stage, slowness in of_stage.items():
-            self._streaks[stage] = self._streaks.get(stage, 0) + 1 if abs(slowness) > self._threshold else 0
-        self.has_changed = any(
-            streak >= self._patience * (1 if stage in explained else _UNEXPLAINED_FACTOR)
-            for stage, streak in self._streaks.items()
-        )
-        slowest = max(range(len(speeds)), key=lambda rank: speeds[rank].slowness)
-        if speeds[slowest].slowness <= self._threshold or slowest in self._flagged:
+        of_stage = np.full(self._num_stages, -1.0)
+        np.maximum.at(of_stage, self._stages, slowness)
+        explained = np.zeros(self._num_stages, bool)
+        explained[self._stages[held]] = True
+        self._streaks = np.where(np.abs(of_stage) > self._threshold, self._streaks + 1, 0)
+        patience = self._patience * np.where(explained, 1, _UNEXPLAINED_FACTOR)
+        self.has_changed = bool((self._streaks >= patience).any())
+        slowest = int(slowness.argmax())
+        if slowness[slowest] <= self._threshold or self._flagged[slowest]:
             return None
-        self._flagged.add(slowest)
-        return SlowRank(slowest, iteration, speeds[slowest])
+        self._flagged[slowest] = True
+        return SlowRank(
+            slowest,
+            int(self._stages[slowest]),
+            iteration,
+            float(seen[slowest]),
+            float(expected[slowest]),
+            bool(held[slowest]),
+        )
 
     def skip(self) -> None:
         """An iteration that tells nothing."""
-        self._streaks.clear()
+        self._streaks[:] = 0
         self.has_changed = False
 
     def react(self) -> None:
@@ -109,4 +114,4 @@ class SpeedWatch:
     def forget(self) -> None:
         """What is expected has changed."""
         self.skip()
-        self._flagged.clear()
+        self._flagged[:] = False

@@ -1,27 +1,28 @@
-"""What only rank 0 does: it turns what was collected into plans, in the background, and keeps them for distribution."""
+"""What only rank 0 does: it turns what was collected into plans, beside training, and keeps them for distribution."""
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 
 from perseus_core.errors import InputError
 from perseus_core.planning.policy import Policy
-from perseus_core.runtime.background import Background
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.profile_cache import ProfileCache
 from perseus_core.runtime.measure.stage_measurements import JobMeasurements, merge
-from perseus_core.runtime.ranks.decisions import Baseline, Reason
+from perseus_core.runtime.ranks.order import Baseline, Reason
 from perseus_core.runtime.replan.job_planner import JobPlanner, MeasuredJob, PlannerState
 from perseus_core.runtime.replan.plan_message import PlanMessage
-from perseus_core.runtime.replan.rank_report import RankReport, said_orders, traced_orders
+from perseus_core.runtime.replan.rank_report import JobReport, said_orders, traced_orders
 from perseus_core.runtime.replan.state_file import save_state
+from perseus_core.runtime.side_threads import SideThreads
 
 
 class BackgroundPlanner:
-    """Takes orders from the training thread, works on them one after another, and hands out finished plans.
+    """Takes tasks from any thread, works on them one after another, and hands out finished plans.
 
     Attributes:
         known_profile: measurements of this job from the cache.
@@ -31,122 +32,119 @@ class BackgroundPlanner:
     def __init__(
         self,
         job: Job,
-        desk: JobPlanner,
-        background: Background,
+        planner: JobPlanner,
+        threads: SideThreads,
         *,
         cache: ProfileCache | None = None,
         state_file: str = "",
         known_profile: JobMeasurements | None = None,
         restored: PlannerState | None = None,
     ) -> None:
-        """The desk is for the background thread only, from now on."""
+        """From now on the planner is for the tasks only, which `threads` runs."""
         self.known_profile = known_profile
         self.restored = restored
         self._job = job
-        self._desk = desk
-        self._background = background
+        self._planner = planner
+        self._threads = threads
         self._cache = cache
         self._state_file = state_file
-        self._working: list[Future[PlanMessage | None]] = []
-        self._plans: dict[int, bytes] = {}
+        self._lock = threading.Lock()  # of what follows
+        self._working: deque[Future[PlanMessage | None]] = deque()
+        self._plans: dict[int, PlanMessage] = {}
         if restored is not None:
-            desk.restore(restored)
-            self._plans[1] = replace(restored.plan, number=1).encode()
+            self._plans[1] = planner.restore(restored)
 
-    # Orders
+    # Tasks
 
     def plan_from(self, contents: Sequence[bytes], reason: Reason, baseline: Baseline, measured_time_s: float) -> None:
         """A plan from what all ranks have sent.
 
         Args:
-            contents: the parts of all ranks.
+            contents: their reports; each element holds those of any number of ranks.
             reason: why they were collected.
             baseline: of the job.
             measured_time_s: of an iteration under the plan that runs.
         """
 
-        def task() -> None:
-            parts = [RankReport.decode(content) for content in contents]
+        def task() -> PlanMessage:
+            report = JobReport.decode(contents)
+            if report.num_ranks < self._job.world_size:
+                logger.warning("planning with what %d of %d ranks have sent", report.num_ranks, self._job.world_size)
             if reason is Reason.PROFILED:
-                self._take_profile(parts, baseline)
+                self._take_profile(report, baseline)
             elif reason is Reason.RECOVERED:
-                self._desk.forget_corrections()
+                self._planner.forget_corrections()
             elif reason is Reason.BASELINE_CHANGED:
-                self._desk.take_baseline(baseline, max(part.pipeline_time_s for part in parts))
+                self._planner.take_baseline(baseline, report.pipeline_time_s)
             else:
-                seen = [stretch for part in parts for stretch in part.stretches]
-                self._desk.correct(seen, measured_time_s, speed_changed=reason is Reason.SPEED_CHANGED)
+                speed_changed = reason is Reason.SPEED_CHANGED
+                self._planner.correct(report.stretches, measured_time_s, speed_changed=speed_changed)
+            return self._new_plan()
 
-        self._order(task)
+        self._begin(task)
 
     def plan_for(self, num_microbatches: int) -> None:
         """A plan for another number of microbatches than the baseline has; none where there is no schedule for it."""
 
         def task() -> PlanMessage | None:
             try:
-                return self._desk.plan(num_microbatches)
+                return self._planner.plan(num_microbatches)
             except InputError as error:
                 logger.warning("no plan for %d microbatches: %s", num_microbatches, error)
                 return None
 
-        self._working.append(self._background.run(task))
+        self._begin(task)
 
     def change_policy(self, policy: Policy | None, straggler_slowdown: float | None) -> None:
-        """A new plan by another policy, or for another slowest pipeline; None leaves it as it is."""
+        """Another policy, or another slowest pipeline, and a new plan if there was one; None leaves it as it is."""
 
-        def task() -> None:
-            self._desk.policy = policy or self._desk.policy
+        def task() -> PlanMessage | None:
+            if policy is not None:
+                self._planner.policy = policy
             if straggler_slowdown is not None:
-                self._desk.straggler_slowdown = straggler_slowdown
+                self._planner.straggler_slowdown = straggler_slowdown
+            return None if self._planner.job is None else self._new_plan()
 
-        if self._desk.job is None:
-            self._background.run(task)
-        else:
-            self._order(task)
+        self._begin(task)
+
+    def _begin(self, task: Callable[[], PlanMessage | None]) -> None:
+        with self._lock:
+            self._working.append(self._threads.run(task))
 
     # Results
 
-    def plan_after(self, number: int) -> bytes | None:
-        """The plan to distribute after the one with this number, if it is ready.
+    def plan_after(self, number: int) -> PlanMessage | None:
+        """The plan to distribute after the one with this number, if it is ready. Plans up to that one are forgotten.
 
         Raises:
             PerseusError: if planning failed.
         """
-        still_working = []
-        for future in self._working:
-            if not future.done():
-                still_working.append(future)
-                continue
-            plan = future.result()
-            if plan is not None:
-                self._plans[plan.number] = plan.encode()
-        self._working = still_working
-        return self._plans.get(number + 1)
+        with self._lock:
+            self._plans = {known: plan for known, plan in self._plans.items() if known > number}
+            while self._working and self._working[0].done():
+                plan = self._working.popleft().result()
+                if plan is not None:
+                    self._plans[plan.summary.number] = plan
+            return self._plans.get(number + 1)
 
-    # The background thread
+    # In a side thread
 
-    def _order(self, prepare: Callable[[], None]) -> None:
-        def task() -> PlanMessage | None:
-            prepare()
-            plan = self._desk.plan()
-            if self._state_file:
-                save_state(self._state_file, self._job.key, self._desk.state(plan))
-            return plan
+    def _new_plan(self) -> PlanMessage:
+        plan = self._planner.plan()
+        if self._state_file:
+            save_state(self._state_file, self._job.key, self._planner.state(plan))
+        return plan
 
-        self._working.append(self._background.run(task))
-
-    def _take_profile(self, parts: Sequence[RankReport], baseline: Baseline) -> None:
+    def _take_profile(self, report: JobReport, baseline: Baseline) -> None:
         measured = self.known_profile
         if measured is None:
-            measured = merge([part.measurements for part in parts])
+            measured = merge(report.sweeps)
             if self._cache is not None:
                 self._cache.save(self._job.key, measured)
-        traced = traced_orders(parts, said_orders(self._job, baseline.num_microbatches))
+        traced = traced_orders(report, said_orders(self._job, baseline.num_microbatches))
         if traced is not None:
             logger.warning(
                 "instructions are executed in another order than the framework says; planning for the real one"
             )
-        # The stage that begins first and ends last has seen all of the pipeline.
-        pipeline_time_s = max(part.pipeline_time_s for part in parts)
-        job = MeasuredJob(measured.profile, measured.blocking_power_w, baseline, pipeline_time_s)
-        self._desk.take_measurements(job, traced)
+        job = MeasuredJob(measured.profile, measured.blocking_power_w, baseline, report.pipeline_time_s)
+        self._planner.take_measurements(job, traced)

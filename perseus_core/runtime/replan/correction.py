@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -11,22 +11,8 @@ from perseus_core.planning.profile import Measurement, Profile
 from perseus_core.planning.schedule import InstructionType
 from perseus_core.runtime.measure.stretch import Stretch
 
-# An instruction that ran so rarely says nothing.
-_MIN_EXECUTIONS = 4
-
-
 Stretches = Mapping[tuple[InstructionType, int], Stretch]
 """By instruction type and planned clock."""
-
-
-def usual_stretches(seen: Sequence[Stretch]) -> Stretches:
-    """What counts of all that was seen: of a stage's ranks the slowest, and nothing that ran a few times only."""
-    slowest: dict[tuple[InstructionType, int], Stretch] = {}
-    for stretch in seen:
-        known = slowest.get((stretch.type, stretch.clock_mhz))
-        if stretch.executions >= _MIN_EXECUTIONS and (known is None or stretch.factor > known.factor):
-            slowest[stretch.type, stretch.clock_mhz] = stretch
-    return slowest
 
 
 def corrected(profile: Profile, stretches: Stretches) -> Profile:

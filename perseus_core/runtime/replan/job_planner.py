@@ -1,4 +1,4 @@
-"""Rank 0's desk: from everybody's measurements to a plan. Knows nothing of ranks, threads and iterations."""
+"""From what a whole job has measured to its plan. Knows nothing of ranks, threads and iterations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import Instruction, InstructionType, Placement, Schedule
 from perseus_core.planning.solver import solve
 from perseus_core.runtime.measure.recorder import Step
-from perseus_core.runtime.measure.stretch import Stretch
-from perseus_core.runtime.ranks.decisions import Baseline
-from perseus_core.runtime.replan.correction import Stretches, corrected, usual_stretches
+from perseus_core.runtime.ranks.order import Baseline
+from perseus_core.runtime.replan.correction import Stretches, corrected
 from perseus_core.runtime.replan.plan_message import PlanMessage
 
 
@@ -79,8 +78,9 @@ class JobPlanner:
         straggler_slowdown: float = 1.0,
         switch_latency_s: float = 0.0,
         frontier_file: str = "",
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Knows nothing yet."""
+        """Knows nothing yet; `now_s` tells how long planning takes."""
         self.job: MeasuredJob | None = None
         self.profile: Profile | None = None
         self._unhurried_profile: Profile | None = None  # without what was corrected because a plan was late
@@ -91,6 +91,7 @@ class JobPlanner:
         self._clocks_mhz = tuple(supported_clocks_mhz)
         self._switch_latency_s = switch_latency_s
         self._frontier_file = frontier_file
+        self._now_s = now_s
         self._baseline: Execution | None = None
         self._latency_s = 0.0
         self._outside_time_s = 0.0
@@ -112,35 +113,35 @@ class JobPlanner:
         assert self.job is not None, "there are measurements"
         return PlannerState(self.job, self._known_profile(), self._traced, plan)
 
-    def restore(self, state: PlannerState) -> None:
-        """Goes on from a saved state; its plan becomes number 1."""
+    def restore(self, state: PlannerState) -> PlanMessage:
+        """Goes on from a saved state; returns its plan, which becomes number 1."""
         self.job, self._traced = state.job, state.traced
         self.profile = self._unhurried_profile = state.fitted
         self._calibrate()
-        self._last_plan = replace(state.plan, number=1)
         self.num_plans = 1
+        self._last_plan = state.plan.numbered(1)
+        return self._last_plan
 
-    def correct(self, seen: Sequence[Stretch], measured_time_s: float, *, speed_changed: bool) -> None:
+    def correct(self, stretches: Stretches, measured_time_s: float, *, speed_changed: bool) -> None:
         """Takes in what was seen under the plan.
 
         Args:
-            seen: how much longer than planned instructions took, on all ranks.
+            stretches: how much longer than planned instructions took.
             measured_time_s: of an iteration.
             speed_changed: a GPU runs at another speed than before, so the job would be slower without us, too.
         """
         profile, plan = self._known_profile(), self._last_plan
         assert plan is not None, "only a plan that ran is corrected"
-        stretches = usual_stretches(seen)
         if speed_changed:
             self.profile = self._unhurried_profile = corrected(profile, stretches)
-            self._baseline = all_max(self._problem(plan.num_microbatches))
+            self._baseline = all_max(self._problem(plan.summary.num_microbatches))
         else:
             # What ran faster than planned is no reason to go slower, when all are late.
             slower = {which: replace(each, factor=max(1.0, each.factor)) for which, each in stretches.items()}
             self.profile = corrected(profile, slower)
-            problem = self._problem(plan.num_microbatches)
+            problem = self._problem(plan.summary.num_microbatches)
             explained_s = problem.dag.iteration_time_s(_stretched(plan, stretches)) + problem.outside_time_s
-            self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.promised_time_s))
+            self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.summary.promised_time_s))
 
     def take_baseline(self, baseline: Baseline, pipeline_time_s: float) -> None:
         """The job without us is another than before, so a plan that was slower than allowed was not to blame.
@@ -166,7 +167,7 @@ class JobPlanner:
         Raises:
             InputError: if the policy asks for what cannot be, or there is no schedule for that many microbatches.
         """
-        start_s = time.monotonic()
+        start_s = self._now_s()
         assert self.job is not None, "there are measurements"
         usual = self.job.baseline.num_microbatches
         problem = self._problem(num_microbatches or usual)
@@ -187,20 +188,18 @@ class JobPlanner:
         )
         if self._frontier_file:
             save_frontier(frontier, self._frontier_file)
-        self.num_plans += 1
-        unlocked_s = iter(unlocked.durations_s.tolist())
         message = PlanMessage.of(
             plan,
-            [[next(unlocked_s) for _ in order] for order in plan.stages],
-            number=self.num_plans,
+            number=self.num_plans + 1,
             # Where corrections make even the fastest plan late, it is still judged by what was promised.
             limit_time_s=max(
                 unlocked.iteration_time_s * self.straggler_slowdown,
                 limit_s if limit_s > frontier.fastest_time_s else 0.0,
             ),
-            solve_s=time.monotonic() - start_s,
+            solve_s=self._now_s() - start_s,
         )
-        if message.num_microbatches == usual:
+        self.num_plans += 1
+        if message.summary.num_microbatches == usual:
             self._last_plan = message
         return message
 

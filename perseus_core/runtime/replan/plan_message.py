@@ -1,16 +1,27 @@
-"""A plan as it travels from rank 0 to all others: for each number of microbatches and stage, clocks and durations."""
+"""A plan as it leaves the planner: what each stage's ranks receive of it, and what is said of it to all."""
 
 from __future__ import annotations
 
-import json
+import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 
+import numpy as np
+
+from perseus_core.errors import InputError
 from perseus_core.planning.plan import Plan
-from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.measure.recorder import Step
+from perseus_core.runtime.ranks.plan_summary import PlanSummary
+from perseus_core.runtime.replan.packed_steps import PACKED_STEP, pack_steps, unpack_steps
+
+_CLOCK, _DURATION = np.dtype("<u2"), np.dtype("<f4")
+_INSTRUCTION_BYTES = PACKED_STEP.itemsize + _CLOCK.itemsize + _DURATION.itemsize
+# Numbers of a `PlanSummary`; bytes of a stage's plan.
+_SUMMARY, _SIZE = struct.Struct("<9d"), struct.Struct("<I")
+# No stage executes so many instructions in an iteration.
+_MAX_INSTRUCTIONS = 2**20
 
 
 @dataclass(frozen=True)
@@ -20,12 +31,42 @@ class StagePlan:
     Attributes:
         steps: its instructions in order.
         clocks: the clock and duration planned for each.
-        unlocked_durations_s: how long each takes at the clock the driver chooses by itself.
     """
 
     steps: tuple[Step, ...]
     clocks: tuple[PlannedClock, ...]
-    unlocked_durations_s: tuple[float, ...]
+
+    def encode(self) -> bytes:
+        """As bytes: steps, clocks and durations, each column packed for itself since its values repeat.
+
+        Raises:
+            InputError: if there are more chunks or microbatches than can be sent.
+        """
+        clocks_mhz = np.array([planned.clock_mhz for planned in self.clocks], _CLOCK)
+        durations_s = np.array([planned.duration_s for planned in self.clocks], _DURATION)
+        return zlib.compress(pack_steps(self.steps).tobytes() + clocks_mhz.tobytes() + durations_s.tobytes(), 9)
+
+    @classmethod
+    def decode(cls, content: bytes) -> StagePlan:
+        """From the bytes that `encode` made; durations have the precision of single floats.
+
+        Raises:
+            InputError: if it did not make them.
+        """
+        unpacker = zlib.decompressobj()
+        try:
+            columns = unpacker.decompress(content, _MAX_INSTRUCTIONS * _INSTRUCTION_BYTES)
+        except zlib.error as error:
+            raise _malformed(str(error)) from None
+        num_steps, rest = divmod(len(columns), _INSTRUCTION_BYTES)
+        if rest or not unpacker.eof or unpacker.unused_data:
+            raise _malformed(f"its {len(columns)} bytes are not whole")
+        steps = np.frombuffer(columns, PACKED_STEP, num_steps)
+        clocks_mhz = np.frombuffer(columns, _CLOCK, num_steps, steps.nbytes)
+        durations_s = np.frombuffer(columns, _DURATION, num_steps, steps.nbytes + clocks_mhz.nbytes)
+        if not (np.isfinite(durations_s) & (durations_s >= 0)).all():
+            raise _malformed("it has a duration that cannot be")
+        return cls(unpack_steps(steps), tuple(map(PlannedClock, clocks_mhz.tolist(), durations_s.tolist())))
 
 
 @dataclass(frozen=True)
@@ -33,61 +74,27 @@ class PlanMessage:
     """All that the ranks need to run a plan and to judge it.
 
     Attributes:
-        number: plans are numbered from 1.
-        num_microbatches: of the iteration it is for.
+        summary: its promises.
         stages: for each stage what it does.
-        limit_time_s: how long an iteration may take.
-        promised_time_s: how long it should take.
-        promised_energy_j: energy of an iteration, one GPU for each stage.
-        baseline_time_s, baseline_energy_j: what the planner takes for the same at unlocked clocks.
-        gap: how far the plan is from the best possible at most.
-        solve_s: how long the planner took.
     """
 
-    number: int
-    num_microbatches: int
+    summary: PlanSummary
     stages: tuple[StagePlan, ...]
-    limit_time_s: float
-    promised_time_s: float
-    promised_energy_j: float
-    baseline_time_s: float
-    baseline_energy_j: float
-    gap: float
-    solve_s: float
-
-    @property
-    def saving(self) -> float:
-        """Share of the energy that is promised to be saved."""
-        return 1 - self.promised_energy_j / self.baseline_energy_j
-
-    @property
-    def slowdown(self) -> float:
-        """Share by which an iteration is promised to take longer."""
-        return self.promised_time_s / self.baseline_time_s - 1
 
     @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        unlocked_durations_s: Sequence[Sequence[float]],
-        *,
-        number: int,
-        limit_time_s: float,
-        solve_s: float,
-    ) -> PlanMessage:
-        """The message of a plan; `unlocked_durations_s` holds for each stage that of each instruction."""
+    def of(cls, plan: Plan, *, number: int, limit_time_s: float, solve_s: float) -> PlanMessage:
+        """The message of a plan, with what `PlanSummary` says beside it."""
         stages = tuple(
             StagePlan(
                 tuple((p.instruction.chunk, p.instruction.microbatch, p.instruction.kind) for p in order),
-                tuple(PlannedClock(p.clock_mhz, p.duration_s) for p in order),
-                tuple(unlocked),
+                # With the precision they are sent in, so that all ranks and a saved state have the same plan.
+                tuple(PlannedClock(p.clock_mhz, float(np.float32(p.duration_s))) for p in order),
             )
-            for order, unlocked in zip(plan.stages, unlocked_durations_s, strict=True)
+            for order in plan.stages
         )
-        return cls(
+        summary = PlanSummary(
             number,
             plan.schedule.num_microbatches,
-            stages,
             limit_time_s,
             plan.iteration_time_s,
             plan.energy_j,
@@ -96,30 +103,43 @@ class PlanMessage:
             plan.gap,
             solve_s,
         )
+        return cls(summary, stages)
+
+    def numbered(self, number: int) -> PlanMessage:
+        """The same plan with another number."""
+        return replace(self, summary=replace(self.summary, number=number))
 
     def encode(self) -> bytes:
-        """As bytes."""
-        fields = asdict(self)
-        fields["stages"] = [
-            {
-                "steps": [[chunk, microbatch, kind.value] for chunk, microbatch, kind in stage.steps],
-                "clocks": [[planned.clock_mhz, planned.duration_s] for planned in stage.clocks],
-                "unlocked": stage.unlocked_durations_s,
-            }
-            for stage in self.stages
-        ]
-        return zlib.compress(json.dumps(fields).encode())
+        """As bytes: the summary's numbers, then each stage's plan with its size before it."""
+        stages = [stage.encode() for stage in self.stages]
+        return _SUMMARY.pack(*astuple(self.summary)) + b"".join(_SIZE.pack(len(stage)) + stage for stage in stages)
 
     @classmethod
     def decode(cls, content: bytes) -> PlanMessage:
-        """From the bytes that `encode` made."""
-        fields = json.loads(zlib.decompress(content))
-        fields["stages"] = tuple(
-            StagePlan(
-                tuple((chunk, microbatch, Kind(kind)) for chunk, microbatch, kind in stage["steps"]),
-                tuple(PlannedClock(clock, duration_s) for clock, duration_s in stage["clocks"]),
-                tuple(stage["unlocked"]),
-            )
-            for stage in fields["stages"]
-        )
-        return cls(**fields)
+        """From the bytes that `encode` made.
+
+        Raises:
+            InputError: if it did not make them.
+        """
+        try:
+            numbers = _SUMMARY.unpack_from(content)
+            stages = [StagePlan.decode(stage) for stage in _sized(content[_SUMMARY.size :])]
+        except struct.error as error:
+            raise _malformed(str(error)) from None
+        if not stages or not np.isfinite(numbers).all():
+            raise _malformed("it has no stage, or a number that is not finite")
+        number, num_microbatches, *promises = numbers
+        return cls(PlanSummary(int(number), int(num_microbatches), *promises), tuple(stages))
+
+
+def _sized(content: bytes) -> Iterator[bytes]:
+    """Parts that follow their sizes."""
+    place = 0
+    while place < len(content):
+        begin = place + _SIZE.size
+        place = begin + int(_SIZE.unpack_from(content, place)[0])
+        yield content[begin:place]
+
+
+def _malformed(why: str) -> InputError:
+    return InputError(f"this is no plan ({why}); it was cut off, or comes from another version: use the same one")

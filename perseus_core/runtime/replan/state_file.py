@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
-import json
-import zlib
 from pathlib import Path
 
 from perseus_core.documents import Fields, load_document, rows, save_document
@@ -15,12 +12,12 @@ from perseus_core.planning.profile import Measurement, Profile
 from perseus_core.planning.schedule import InstructionType, Kind
 from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.profile_cache import ProfileKey
-from perseus_core.runtime.ranks.decisions import Baseline
+from perseus_core.runtime.ranks.order import Baseline
 from perseus_core.runtime.replan.job_planner import MeasuredJob, PlannerState
 from perseus_core.runtime.replan.plan_message import PlanMessage
 
 _FORMAT = "perseus-session"
-_VERSION = 1
+_VERSION = 2
 
 
 def save_state(path: str | Path, key: ProfileKey, state: PlannerState) -> None:
@@ -46,15 +43,14 @@ def save_state(path: str | Path, key: ProfileKey, state: PlannerState) -> None:
                 "plan": base64.b64encode(state.plan.encode()).decode(),
             },
         )
-    except InputError as error:
+    except (OSError, ValueError) as error:
         logger.warning("the session's state is not saved, a restarted job will profile again: %s", error)
 
 
 def load_state(path: str | Path, key: ProfileKey) -> PlannerState | None:
     """What was saved for this job, or None; where a file is of no use, one log line says why."""
-    if not Path(path).exists():
-        return None
     try:
+        Path(path).stat()
         fields = load_document(path, _FORMAT, _VERSION)
         if fields.text("key") != key.as_text():
             raise InputError(f"{path}: belongs to a job with another model, layout or GPU")
@@ -74,7 +70,9 @@ def load_state(path: str | Path, key: ProfileKey) -> PlannerState | None:
             None if fields.fields.get("traced") is None else read_schedule(fields.section("traced")),
             _plan(fields),
         )
-    except InputError as error:
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, OverflowError) as error:
         logger.warning("the session's state is not used, starting afresh: %s", error)
         return None
 
@@ -103,5 +101,5 @@ def _profile(fields: Fields, name: str) -> Profile:
 def _plan(fields: Fields) -> PlanMessage:
     try:
         return PlanMessage.decode(base64.b64decode(fields.text("plan"), validate=True))
-    except (binascii.Error, zlib.error, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f'{fields.where}: field "plan" holds no plan ({error}); delete the file') from None

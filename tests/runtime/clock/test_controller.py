@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import time
@@ -20,10 +21,11 @@ from perseus_core.gpu.simulated import (
     read_executed,
 )
 from perseus_core.runtime.clock.controller import ClockController
-from perseus_core.runtime.clock.give_back import ClockCallHung
+from perseus_core.runtime.clock.give_back import ClockCallHung, GuardedClock
 from perseus_core.runtime.clock.override import ClockOverridden
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.measure.events import Event, HostEvents
+from perseus_core.runtime.side_threads import OwnThreads
 from tests.runtime.simulated_machine import device_of, duration_s, locked_range, simulated_machine, wait_until
 
 LOCK = "nvmlDeviceSetGpuLockedClocks"
@@ -42,7 +44,9 @@ def make_controller(node: SimulatedNode) -> Iterator[Callable[..., ClockControll
     made = []
 
     def make(**limits: float) -> ClockController:
-        controller = ClockController(device_of(node), **limits)
+        controller = ClockController(
+            device_of(node), threads=OwnThreads(), guard=functools.partial(GuardedClock, **limits)
+        )
         made.append(controller)
         controller.start()
         wait_until(lambda: controller.is_guarded)

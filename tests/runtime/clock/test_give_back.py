@@ -13,6 +13,7 @@ from perseus_core.gpu.errors import GpuError
 from perseus_core.gpu.simulated import SimulatedNode, read_clock_requests
 from perseus_core.runtime.clock.clock_owner import ClockTaken, claim_clock, clock_left_behind, clock_owner
 from perseus_core.runtime.clock.controller import ClockController
+from perseus_core.runtime.side_threads import OwnThreads
 from tests.runtime.simulated_machine import (
     device_of,
     first_line,
@@ -167,7 +168,7 @@ def test_two_jobs_on_different_gpus_do_not_know_of_each_other(node: SimulatedNod
     """One ends, the other's clock stays."""
     with training("sys.stdin.read()") as first:
         assert first_line(first) == "locked"
-        second = ClockController(device_of(node, 1))
+        second = ClockController(device_of(node, 1), threads=OwnThreads())
         second.start()
         second.hold(600)
         wait_until(lambda: locked_range(node, 1) == [600, 600])
@@ -191,7 +192,7 @@ def test_a_clock_that_nobody_could_give_back_is_reset_by_the_next_owner(node: Si
     assert locked_range(node) == [500, 500]
     left_by = wait_until(lambda: clock_left_behind(node.gpus[0].identity.uuid))
     assert left_by.pid == process.pid
-    controller = ClockController(device_of(node))
+    controller = ClockController(device_of(node), threads=OwnThreads())
     controller.start()
     wait_until(lambda: controller.is_guarded)
     assert locked_range(node) == []

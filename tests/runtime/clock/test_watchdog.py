@@ -18,6 +18,7 @@ from perseus_core.runtime.clock.controller import ClockController
 from perseus_core.runtime.clock.give_back import WatchdogFailed
 from perseus_core.runtime.clock.watchdog import ProcessState, Watchdog, process_start_ticks, process_state
 from perseus_core.runtime.clock.watchdog_memory import WatchdogMemory
+from perseus_core.runtime.side_threads import OwnThreads
 from tests.runtime.simulated_machine import (
     device_of,
     first_line,
@@ -45,7 +46,7 @@ def node(tmp_path: Path) -> Iterator[SimulatedNode]:
 @pytest.fixture
 def controller(node: SimulatedNode) -> Iterator[ClockController]:
     """One of this process, guarded."""
-    made = ClockController(device_of(node))
+    made = ClockController(device_of(node), threads=OwnThreads())
     made.start()
     wait_until(lambda: made.is_guarded)
     yield made
@@ -113,7 +114,7 @@ def test_no_clock_is_locked_where_no_watchdog_starts(
         monkeypatch.setattr(sys, "executable", "/bin/false")
     else:
         monkeypatch.setenv("ZEUSD_SOCK_PATH", "/nowhere")  # of the watchdog; this process has its device already
-    controller = ClockController(device_of(node))
+    controller = ClockController(device_of(node), threads=OwnThreads())
     controller.start()
     controller.hold(600)
     assert not controller.is_guarded

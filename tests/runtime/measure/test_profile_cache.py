@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 
 from perseus_core.runtime.measure.profile_cache import ProfileCache, ProfileKey
-from perseus_core.runtime.measure.stage_measurements import JobMeasurements, StageMeasurements, merge
+from perseus_core.runtime.measure.stage_measurements import JobMeasurements, StageMeasurements, SweepRows, merge
 
 from .test_stage_measurements import at_clock
 
@@ -32,7 +35,8 @@ KEY = ProfileKey(
 
 @pytest.fixture
 def measurements() -> JobMeasurements:
-    return merge([StageMeasurements(stage, (at_clock(1000), at_clock(900))) for stage in (0, 1)])
+    clocks = (at_clock(1000, time_s=0.0625), at_clock(900))
+    return merge(SweepRows.of(StageMeasurements(stage, clocks) for stage in (0, 1)))
 
 
 @pytest.fixture
@@ -83,7 +87,7 @@ def change(path: Path, **changes: object) -> None:
         lambda path: change(path, job=[1]),
         lambda path: path.write_text(path.read_text().replace('"forward"', '"sideways"')),
         lambda path: path.write_text(path.read_text().replace('"forward"', '"backward"')),
-        lambda path: path.write_text(path.read_text().replace("0.05,", '"fast",')),
+        lambda path: path.write_text(path.read_text().replace("0.0625,", '"fast",')),
     ],
 )
 def test_a_spoilt_file_is_a_miss_with_one_log_line(
@@ -100,10 +104,61 @@ def test_a_spoilt_file_is_a_miss_with_one_log_line(
     assert cache.load(KEY) == measurements
 
 
-def test_a_folder_that_cannot_be_made_is_said_and_no_error(
-    tmp_path: Path, measurements: JobMeasurements, caplog: pytest.LogCaptureFixture
+def a_file(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file"
+
+
+def under_a_name_that_is_too_long(folder: Path) -> Path:
+    return folder / ("long" * 100)
+
+
+def with_a_folder_for_a_file(folder: Path) -> Path:
+    (folder / KEY.file_name()).mkdir()
+    return folder
+
+
+def that_nobody_may_enter(folder: Path) -> Path:
+    (folder / "closed").mkdir(mode=0o000)
+    return folder / "closed"
+
+
+@pytest.mark.parametrize(
+    "make", [a_file, under_a_name_that_is_too_long, with_a_folder_for_a_file, that_nobody_may_enter]
+)
+def test_a_folder_of_no_use_is_said_and_no_error(
+    tmp_path: Path, measurements: JobMeasurements, caplog: pytest.LogCaptureFixture, make: Callable[[Path], Path]
 ) -> None:
-    """Training does not depend on it."""
-    (tmp_path / "file").write_text("")
-    ProfileCache(tmp_path / "file").save(KEY, measurements)
+    """Training does not depend on it, and neither does the plan: once it is said in reading, and once in writing."""
+    folder = make(tmp_path)
+    if make is that_nobody_may_enter and os.access(folder, os.X_OK):
+        pytest.skip("root enters every folder")
+    cache = ProfileCache(folder)
+    assert cache.load(KEY) is None
     assert len(caplog.records) == 1
+    cache.save(KEY, measurements)
+    assert len(caplog.records) == 2
+
+
+def test_a_drive_that_is_gone_is_said_and_no_error(
+    cache: ProfileCache,
+    measurements: JobMeasurements,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A network file system may fail at any call."""
+    cache.save(KEY, measurements)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    for call in ("stat", "read_text", "mkdir", "write_bytes"):
+        with monkeypatch.context() as broken:
+            broken.setattr(Path, call, fail)
+            caplog.clear()
+            if call in ("stat", "read_text"):
+                assert cache.load(KEY) is None
+            else:
+                cache.save(KEY, measurements)
+            assert len(caplog.records) == 1
+    assert cache.load(KEY) == measurements

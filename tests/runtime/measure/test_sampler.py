@@ -13,6 +13,7 @@ from perseus_core.gpu import simulated
 from perseus_core.gpu.errors import GpuLost
 from perseus_core.gpu.simulated import faults
 from perseus_core.runtime.measure.sampler import EnergySampler
+from perseus_core.runtime.side_threads import OwnThreads
 
 from ..simulated_machine import device_of, simulated_machine
 
@@ -36,7 +37,7 @@ def all_of(sampler: EnergySampler) -> int:
 
 def test_readings_bracket_the_moments_at_which_the_counter_moved(node: simulated.SimulatedNode) -> None:
     """The simulated counter moves at whole multiples of its period, each within its reading's uncertainty."""
-    with EnergySampler(device_of(node)) as sampler:
+    with EnergySampler(device_of(node), threads=OwnThreads()) as sampler:
         wait_until(lambda: all_of(sampler) >= 8)
     readings = sampler.between(0, time.monotonic())
     for reading in readings:
@@ -48,7 +49,7 @@ def test_readings_bracket_the_moments_at_which_the_counter_moved(node: simulated
 
 def test_energy_between_readings_is_that_of_the_gpu(node: simulated.SimulatedNode) -> None:
     """An idle GPU draws its blocking power of 50 W."""
-    with EnergySampler(device_of(node)) as sampler:
+    with EnergySampler(device_of(node), threads=OwnThreads()) as sampler:
         wait_until(lambda: all_of(sampler) >= 12)
     first, *_, last = sampler.between(0, time.monotonic())
     margin_j = 50 * (first.uncertainty_s + last.uncertainty_s) / 2 + 0.1
@@ -58,7 +59,7 @@ def test_energy_between_readings_is_that_of_the_gpu(node: simulated.SimulatedNod
 def test_a_gpu_without_counter_has_its_power_integrated(node: simulated.SimulatedNode) -> None:
     """Every look is a reading, with a time known to the length of the call."""
     faults.remove_support(node.gpus[0], "nvmlDeviceGetTotalEnergyConsumption")
-    with EnergySampler(device_of(node)) as sampler:
+    with EnergySampler(device_of(node), threads=OwnThreads()) as sampler:
         wait_until(lambda: all_of(sampler) >= 40)
     first, *_, last = sampler.between(0, time.monotonic())
     power_w = (last.energy_j - first.energy_j) / (last.time_s - first.time_s)
@@ -68,7 +69,7 @@ def test_a_gpu_without_counter_has_its_power_integrated(node: simulated.Simulate
 def test_a_heat_limit_is_seen_in_the_readings(node: simulated.SimulatedNode) -> None:
     """Clock and reason are those of the moment."""
     faults.throttle(node.gpus[0], 700)
-    with EnergySampler(device_of(node)) as sampler:
+    with EnergySampler(device_of(node), threads=OwnThreads()) as sampler:
         wait_until(lambda: all_of(sampler) >= 1)
     reading = sampler.between(0, time.monotonic())[0]
     assert reading.clock_mhz == 700
@@ -78,14 +79,14 @@ def test_a_heat_limit_is_seen_in_the_readings(node: simulated.SimulatedNode) -> 
 def test_a_gpu_that_does_not_tell_its_clock_is_sampled_all_the_same(node: simulated.SimulatedNode) -> None:
     """The clock is unknown then."""
     faults.remove_support(node.gpus[0], "nvmlDeviceGetClockInfo")
-    with EnergySampler(device_of(node)) as sampler:
+    with EnergySampler(device_of(node), threads=OwnThreads()) as sampler:
         wait_until(lambda: all_of(sampler) >= 1)
     assert sampler.between(0, time.monotonic())[0].clock_mhz is None
 
 
 def test_a_lost_gpu_ends_sampling_and_keeps_what_was_read(node: simulated.SimulatedNode) -> None:
     """The error is there to be read, and nothing is raised."""
-    sampler = EnergySampler(device_of(node))
+    sampler = EnergySampler(device_of(node), threads=OwnThreads())
     sampler.start()
     wait_until(lambda: all_of(sampler) >= 2)
     faults.lose(node.gpus[0])
@@ -97,7 +98,7 @@ def test_a_lost_gpu_ends_sampling_and_keeps_what_was_read(node: simulated.Simula
 
 def test_stop_ends_the_thread_and_start_goes_on(node: simulated.SimulatedNode) -> None:
     """Readings of both times are kept."""
-    sampler = EnergySampler(device_of(node))
+    sampler = EnergySampler(device_of(node), threads=OwnThreads())
     for _ in range(2):
         before = all_of(sampler)
         sampler.start()
@@ -108,7 +109,7 @@ def test_stop_ends_the_thread_and_start_goes_on(node: simulated.SimulatedNode) -
 
 def test_forgetting_drops_only_what_is_older(node: simulated.SimulatedNode) -> None:
     """Readings from the given time on stay."""
-    with EnergySampler(device_of(node)) as sampler:
+    with EnergySampler(device_of(node), threads=OwnThreads()) as sampler:
         wait_until(lambda: all_of(sampler) >= 4)
     readings = sampler.between(0, time.monotonic())
     sampler.forget_before(readings[2].time_s)

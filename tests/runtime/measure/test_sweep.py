@@ -12,7 +12,7 @@ import pytest
 from perseus_core.errors import InputError
 from perseus_core.gpu.device import ThrottleReason
 from perseus_core.runtime.measure.energy import Iteration
-from perseus_core.runtime.measure.stage_measurements import merge
+from perseus_core.runtime.measure.stage_measurements import SweepRows, merge
 from perseus_core.runtime.measure.sweep import Sweep, SweepSettings, sweep_clocks
 
 from ..emulated_pipeline import PipelineRun, profile_pipeline
@@ -222,4 +222,6 @@ def test_a_pipeline_of_processes_profiles_itself(tmp_path: Path) -> None:
                     truth_s = duration_s(i.type.kind.value, c.clock_mhz)
                     assert i.time_s == pytest.approx(truth_s, rel=0.03)
                     assert i.energy_j == pytest.approx(truth_s * (100 + c.clock_mhz / 5), rel=0.05)
-    assert merge(result.measurements for result in results).blocking_power_w == pytest.approx((50, 50), rel=0.25)
+    assert merge(SweepRows.of(result.measurements for result in results)).blocking_power_w == pytest.approx(
+        (50, 50), rel=0.25
+    )

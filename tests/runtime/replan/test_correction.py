@@ -5,7 +5,7 @@ import pytest
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind
 from perseus_core.runtime.measure.stretch import Stretch
-from perseus_core.runtime.replan.correction import corrected, usual_stretches
+from perseus_core.runtime.replan.correction import Stretches, corrected
 
 FORWARD = InstructionType(2, 0, Kind.FORWARD)
 
@@ -18,11 +18,15 @@ def _energy_j(profile: Profile, clock_mhz: int) -> float:
     return next(m.energy_j for m in profile.of(FORWARD) if m.clock_mhz == clock_mhz)
 
 
+def seen(*stretches: Stretch) -> Stretches:
+    return {(stretch.type, stretch.clock_mhz): stretch for stretch in stretches}
+
+
 def test_times_follow_what_was_seen(own_profile: Profile) -> None:
     """Also at clocks that did not run; energies and other types stay as they are."""
     clocks = [m.clock_mhz for m in own_profile.of(FORWARD)]
     middle = clocks[len(clocks) // 2]
-    new = corrected(own_profile, usual_stretches([Stretch(FORWARD, middle, 1.02, 8)]))
+    new = corrected(own_profile, seen(Stretch(FORWARD, middle, 1.02, 8)))
     for clock in clocks:
         assert _time_s(new, clock) == pytest.approx(1.02 * _time_s(own_profile, clock))
         assert _energy_j(new, clock) == _energy_j(own_profile, clock)
@@ -35,20 +39,12 @@ def test_a_gpu_held_down_by_heat_is_as_before_below_that_clock(own_profile: Prof
     clocks = [m.clock_mhz for m in own_profile.of(FORWARD)]
     held = clocks[len(clocks) // 2]
     factor = _time_s(own_profile, held) / _time_s(own_profile, clocks[0])
-    new = corrected(own_profile, usual_stretches([Stretch(FORWARD, clocks[0], factor, 8, held_down=True)]))
+    new = corrected(own_profile, seen(Stretch(FORWARD, clocks[0], factor, 8, held_down=True)))
     assert _time_s(new, clocks[0]) == pytest.approx(_time_s(own_profile, held))
     assert _energy_j(new, clocks[0]) == pytest.approx(_energy_j(own_profile, held))
     assert new.of(FORWARD)[-1] == own_profile.of(FORWARD)[-1]
 
 
-def test_of_the_ranks_of_a_stage_the_slowest_counts(own_profile: Profile) -> None:
-    """The pipeline waits for it."""
-    clock = own_profile.of(FORWARD)[0].clock_mhz
-    new = corrected(own_profile, usual_stretches([Stretch(FORWARD, clock, factor, 8) for factor in (1.1, 1.3, 1.2)]))
-    assert _time_s(new, clock) == pytest.approx(1.3 * _time_s(own_profile, clock))
-
-
-def test_few_executions_say_nothing(own_profile: Profile) -> None:
-    """One interrupted instruction must not change the plan."""
-    clock = own_profile.of(FORWARD)[0].clock_mhz
-    assert corrected(own_profile, usual_stretches([Stretch(FORWARD, clock, 9.0, 1)])) == own_profile
+def test_what_was_not_seen_stays(own_profile: Profile) -> None:
+    """To the last digit."""
+    assert corrected(own_profile, {}) == own_profile

@@ -1,4 +1,4 @@
-"""Rank 0's desk: what it makes of measurements, of what is seen under a plan, and of a saved state."""
+"""What the planner makes of measurements, of what is seen under a plan, and of a saved state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind, Placement, Waits, gpipe, interleaved, one_f_one_b
 from perseus_core.runtime.measure.profile_cache import ProfileKey
 from perseus_core.runtime.measure.stretch import Stretch
-from perseus_core.runtime.ranks.decisions import Baseline
+from perseus_core.runtime.ranks.order import Baseline
+from perseus_core.runtime.replan.correction import Stretches
 from perseus_core.runtime.replan.job_planner import JobPlanner, MeasuredJob
 from perseus_core.runtime.replan.plan_message import PlanMessage
 from perseus_core.runtime.replan.state_file import load_state, save_state
@@ -51,119 +52,123 @@ def measured(profile: Profile) -> MeasuredJob:
 
 
 @pytest.fixture
-def desk(own_profile: Profile) -> JobPlanner:
+def planner(own_profile: Profile) -> JobPlanner:
     """One that has taken the job's measurements."""
     made = JobPlanner(lambda microbatches: one_f_one_b(4, microbatches), clocks_mhz(own_profile), no_slowdown)
     made.take_measurements(measured(own_profile))
     return made
 
 
-def test_time_between_instructions_is_known(own_profile: Profile, desk: JobPlanner) -> None:
+def test_time_between_instructions_is_known(own_profile: Profile, planner: JobPlanner) -> None:
     """It is slack where few instructions follow each other; taken for a constant outside it would not be used."""
-    plan = desk.plan()
-    assert plan.baseline_time_s == pytest.approx(measured(own_profile).baseline.time_s, rel=1e-6)
+    plan = planner.plan()
+    assert plan.summary.baseline_time_s == pytest.approx(measured(own_profile).baseline.time_s, rel=1e-6)
     clocks = [planned.clock_mhz for stage in plan.stages for planned in stage.clocks]
     really = execute(truth(own_profile), clocks)
-    assert really.iteration_time_s == pytest.approx(plan.promised_time_s, rel=1e-4)
-    assert really.energy_j == pytest.approx(plan.promised_energy_j, rel=1e-3)
-    ignorant = JobPlanner(desk.schedule, clocks_mhz(own_profile), no_slowdown)
+    assert really.iteration_time_s == pytest.approx(plan.summary.promised_time_s, rel=1e-4)
+    assert really.energy_j == pytest.approx(plan.summary.promised_energy_j, rel=1e-3)
+    ignorant = JobPlanner(planner.schedule, clocks_mhz(own_profile), no_slowdown)
     ignorant.take_measurements(dataclasses.replace(measured(own_profile), pipeline_time_s=0.0))
-    assert plan.saving > ignorant.plan().saving
+    assert plan.summary.saving > ignorant.plan().summary.saving
 
 
-def test_another_number_of_microbatches_has_the_same_constants(own_profile: Profile, desk: JobPlanner) -> None:
+def test_another_number_of_microbatches_has_the_same_constants(own_profile: Profile, planner: JobPlanner) -> None:
     """Its unlocked time was never measured."""
     unlocked_s = all_max(truth(own_profile, 12)).iteration_time_s
-    assert desk.plan(12).baseline_time_s == pytest.approx(unlocked_s, rel=2e-3)
+    assert planner.plan(12).summary.baseline_time_s == pytest.approx(unlocked_s, rel=2e-3)
 
 
-def test_a_slower_instruction_is_planned_for(desk: JobPlanner) -> None:
+def test_a_slower_instruction_is_planned_for(planner: JobPlanner) -> None:
     """What stage 1 was seen to take becomes its profile."""
-    before = desk.plan()
-    desk.correct(stretched(before, 1.04, stages=(1,)), before.promised_time_s * 1.02, speed_changed=False)
-    after = desk.plan()
-    assert after.number == before.number + 1
+    before = planner.plan()
+    planner.correct(stretched(before, 1.04, stages=(1,)), before.summary.promised_time_s * 1.02, speed_changed=False)
+    after = planner.plan()
+    assert after.summary.number == before.summary.number + 1
 
     def mean_mhz(plan: PlanMessage) -> float:
         return sum(planned.clock_mhz for planned in plan.stages[1].clocks) / len(plan.stages[1].clocks)
 
     assert mean_mhz(after) > mean_mhz(before)
-    desk.forget_corrections()
-    assert desk.plan().stages == before.stages
+    planner.forget_corrections()
+    assert planner.plan().stages == before.stages
 
 
-def stretched(plan: PlanMessage, factor: float, *, stages: Sequence[int] = range(4)) -> list[Stretch]:
+def stretched(plan: PlanMessage, factor: float, *, stages: Sequence[int] = range(4)) -> Stretches:
     """What the ranks see when every instruction takes longer than planned."""
-    return [
+    seen = [
         Stretch(InstructionType(stage, 0, kind), planned.clock_mhz, factor, 8)
         for stage in stages
         for (_, _, kind), planned in zip(plan.stages[stage].steps, plan.stages[stage].clocks, strict=True)
     ]
+    return {(stretch.type, stretch.clock_mhz): stretch for stretch in seen}
 
 
-def test_a_corrected_plan_is_compared_with_the_job_as_it_was(own_profile: Profile, desk: JobPlanner) -> None:
+def test_a_corrected_plan_is_compared_with_the_job_as_it_was(own_profile: Profile, planner: JobPlanner) -> None:
     """Under plans all instructions take 1 % longer for the same energy; the next plan promises what it really keeps."""
-    before = desk.plan()
-    pipeline_s = before.promised_time_s - OUTSIDE_S
-    desk.correct(stretched(before, 1.01), before.promised_time_s + 0.01 * pipeline_s, speed_changed=False)
-    after = desk.plan()
-    assert (after.baseline_time_s, after.baseline_energy_j) == (before.baseline_time_s, before.baseline_energy_j)
-    assert after.promised_time_s > after.limit_time_s == before.limit_time_s
+    before = planner.plan()
+    pipeline_s = before.summary.promised_time_s - OUTSIDE_S
+    planner.correct(stretched(before, 1.01), before.summary.promised_time_s + 0.01 * pipeline_s, speed_changed=False)
+    after = planner.plan()
+    assert (after.summary.baseline_time_s, after.summary.baseline_energy_j) == (
+        before.summary.baseline_time_s,
+        before.summary.baseline_energy_j,
+    )
+    assert after.summary.promised_time_s > after.summary.limit_time_s == before.summary.limit_time_s
     slower = Profile(tuple(dataclasses.replace(m, time_s=1.01 * m.time_s) for m in own_profile.measurements))
     really = execute(truth(slower), [planned.clock_mhz for stage in after.stages for planned in stage.clocks])
-    assert after.promised_energy_j == pytest.approx(really.energy_j, rel=2e-3)
-    assert after.promised_time_s == pytest.approx(really.iteration_time_s, rel=2e-3)
-    assert after.saving < before.saving
+    assert after.summary.promised_energy_j == pytest.approx(really.energy_j, rel=2e-3)
+    assert after.summary.promised_time_s == pytest.approx(really.iteration_time_s, rel=2e-3)
+    assert after.summary.saving < before.summary.saving
 
 
-def test_a_job_that_became_slower_by_itself_is_planned_as_it_is_now(own_profile: Profile, desk: JobPlanner) -> None:
+def test_a_job_that_became_slower_by_itself_is_planned_as_it_is_now(own_profile: Profile, planner: JobPlanner) -> None:
     """Time that was added outside the pipeline costs no saving, and what was taken for lateness is forgotten."""
     job = measured(own_profile)
     allowed_s = 1.05 * job.baseline.time_s
-    desk.policy = iteration_time(allowed_s)
-    before = desk.plan()
-    desk.correct(stretched(before, 1.01), before.promised_time_s + 0.1, speed_changed=False)
-    assert desk.plan().saving < before.saving
-    desk.policy = iteration_time(allowed_s + 0.1)
+    planner.policy = iteration_time(allowed_s)
+    before = planner.plan()
+    planner.correct(stretched(before, 1.01), before.summary.promised_time_s + 0.1, speed_changed=False)
+    assert planner.plan().summary.saving < before.summary.saving
+    planner.policy = iteration_time(allowed_s + 0.1)
     slower = dataclasses.replace(job.baseline, time_s=job.baseline.time_s + 0.1)
-    desk.take_baseline(slower, job.pipeline_time_s)
-    after = desk.plan()
+    planner.take_baseline(slower, job.pipeline_time_s)
+    after = planner.plan()
     assert after.stages == before.stages
-    assert after.baseline_time_s == pytest.approx(slower.time_s)
+    assert after.summary.baseline_time_s == pytest.approx(slower.time_s)
 
 
-def test_time_that_instructions_explain_becomes_no_margin(desk: JobPlanner) -> None:
+def test_time_that_instructions_explain_becomes_no_margin(planner: JobPlanner) -> None:
     """It is in the profile already, and taken off twice it would cost twice."""
-    desk.policy = max_slowdown(0.1)
-    before = desk.plan()
-    pipeline_s = before.promised_time_s - OUTSIDE_S
-    desk.correct(stretched(before, 1.02), before.promised_time_s + 0.02 * pipeline_s, speed_changed=False)
-    assert desk.plan().promised_time_s == pytest.approx(before.promised_time_s, rel=3e-3)
+    planner.policy = max_slowdown(0.1)
+    before = planner.plan()
+    pipeline_s = before.summary.promised_time_s - OUTSIDE_S
+    planner.correct(stretched(before, 1.02), before.summary.promised_time_s + 0.02 * pipeline_s, speed_changed=False)
+    assert planner.plan().summary.promised_time_s == pytest.approx(before.summary.promised_time_s, rel=3e-3)
 
 
-def test_a_late_plan_is_no_reason_to_go_slower_anywhere(desk: JobPlanner) -> None:
+def test_a_late_plan_is_no_reason_to_go_slower_anywhere(planner: JobPlanner) -> None:
     """Instructions that were faster than planned are not given more time."""
-    desk.policy = max_slowdown(0.1)
-    before = desk.plan()
-    desk.correct(stretched(before, 0.9), before.promised_time_s, speed_changed=False)
-    assert desk.plan().stages == before.stages
+    planner.policy = max_slowdown(0.1)
+    before = planner.plan()
+    planner.correct(stretched(before, 0.9), before.summary.promised_time_s, speed_changed=False)
+    assert planner.plan().stages == before.stages
 
 
-def test_time_that_nothing_explains_becomes_a_margin(desk: JobPlanner) -> None:
+def test_time_that_nothing_explains_becomes_a_margin(planner: JobPlanner) -> None:
     """The next plan is faster by as much, where the frontier has such a point."""
-    desk.policy = max_slowdown(0.1)
-    before = desk.plan()
-    desk.correct([], before.promised_time_s + 0.03, speed_changed=False)
-    assert desk.plan().promised_time_s == pytest.approx(before.promised_time_s - 0.03, abs=0.002)
+    planner.policy = max_slowdown(0.1)
+    before = planner.plan()
+    planner.correct({}, before.summary.promised_time_s + 0.03, speed_changed=False)
+    assert planner.plan().summary.promised_time_s == pytest.approx(before.summary.promised_time_s - 0.03, abs=0.002)
 
 
-def test_a_traced_order_counts_for_more_than_what_was_said(own_profile: Profile, desk: JobPlanner) -> None:
+def test_a_traced_order_counts_for_more_than_what_was_said(own_profile: Profile, planner: JobPlanner) -> None:
     """And only for the number of microbatches that was traced."""
     traced = [[(i.chunk, i.microbatch, i.kind) for i in order] for order in gpipe(4, MICROBATCHES).stages]
-    desk.take_measurements(measured(own_profile), traced)
-    assert list(desk.plan().stages[1].steps) == traced[1]
+    planner.take_measurements(measured(own_profile), traced)
+    assert list(planner.plan().stages[1].steps) == traced[1]
     with pytest.raises(InputError, match="was not traced"):
-        desk.plan(12)
+        planner.plan(12)
 
 
 def test_a_traced_order_lies_over_the_stages_as_was_said(own_profile: Profile, tmp_path: Path) -> None:
@@ -175,10 +180,10 @@ def test_a_traced_order_lies_over_the_stages_as_was_said(own_profile: Profile, t
         for _ in range(4)
     ]
     profile = own_profile.divided_into_chunks(2)
-    desk = JobPlanner(lambda _: in_a_v, clocks_mhz(profile), no_slowdown)
-    desk.take_measurements(dataclasses.replace(measured(own_profile), profile=profile), traced)
+    planner = JobPlanner(lambda _: in_a_v, clocks_mhz(profile), no_slowdown)
+    planner.take_measurements(dataclasses.replace(measured(own_profile), profile=profile), traced)
     key = ProfileKey("model", in_a_v.name, 4, 2, 1, 1, 1, "GPU", 400.0)
-    save_state(tmp_path / "session.json", key, desk.state(desk.plan()))
+    save_state(tmp_path / "session.json", key, planner.state(planner.plan()))
     state = load_state(tmp_path / "session.json", key)
     assert state is not None
     assert state.traced is not None
@@ -195,21 +200,21 @@ def test_a_saved_state_goes_on(own_profile: Profile, tmp_path: Path, waits: Wait
     job = dataclasses.replace(measured(own_profile), profile=profile)
     key = ProfileKey("model", schedule.name, 4, 2, 1, 1, 1, "GPU", 400.0)
 
-    def new_desk() -> JobPlanner:
+    def new_planner() -> JobPlanner:
         return JobPlanner(lambda _: schedule, clocks_mhz(profile), no_slowdown)
 
-    desk, restored = new_desk(), new_desk()
-    desk.take_measurements(job)
-    plan = desk.plan()
-    save_state(tmp_path / "session.json", key, desk.state(plan))
+    planner, restored = new_planner(), new_planner()
+    planner.take_measurements(job)
+    plan = planner.plan()
+    save_state(tmp_path / "session.json", key, planner.state(plan))
     state = load_state(tmp_path / "session.json", key)
     assert state is not None
     assert state.plan.stages == plan.stages
     restored.restore(state)
-    desk.policy = restored.policy = max_slowdown(0.05)
-    again, expected = restored.plan(), desk.plan()
+    planner.policy = restored.policy = max_slowdown(0.05)
+    again, expected = restored.plan(), planner.plan()
     assert again.stages == expected.stages
-    assert again.promised_time_s == pytest.approx(expected.promised_time_s)
+    assert again.summary.promised_time_s == pytest.approx(expected.summary.promised_time_s)
 
 
 def test_a_schedule_with_waits_is_planned_and_kept(own_profile: Profile, tmp_path: Path) -> None:
@@ -217,9 +222,9 @@ def test_a_schedule_with_waits_is_planned_and_kept(own_profile: Profile, tmp_pat
     schedule = one_f_one_b(4, MICROBATCHES)
     held_up = dataclasses.replace(schedule, waits=((schedule.stages[1][2], schedule.stages[0][5]),))
     frontier_file = str(tmp_path / "frontier.json")
-    desk = JobPlanner(lambda _: held_up, clocks_mhz(own_profile), no_slowdown, frontier_file=frontier_file)
-    desk.take_measurements(measured(own_profile))
-    desk.plan()
+    planner = JobPlanner(lambda _: held_up, clocks_mhz(own_profile), no_slowdown, frontier_file=frontier_file)
+    planner.take_measurements(measured(own_profile))
+    planner.plan()
     problem = load_frontier(tmp_path / "frontier.json").problem
     assert problem.schedule == held_up
     assert problem.gap_s == problem.transfer_latency_s > 0

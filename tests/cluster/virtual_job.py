@@ -1,0 +1,344 @@
+"""A training job in virtual time: pipelines of stages of tensor-parallel GPUs, and the hosts that give them work.
+
+As with CUDA the hosts run ahead: a rank's host gives its GPU a whole iteration while the one before still runs, and the
+marks that it puts on the stream are reached when the GPU gets there. The GPUs of a tensor-parallel group share their
+marks, because they begin and end every instruction together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from perseus_core.planning.schedule import Instruction, InstructionType, Kind, Schedule
+from perseus_core.runtime.adapter import FollowedSession
+from tests.cluster.virtual_gpu import OUTSIDE, WAITING, VirtualGpu, Work
+from tests.cluster.virtual_threads import EventQueue, Mark, VirtualThreads
+
+# A group's past is forgotten when it is this long; it takes a look at each of its GPUs.
+_REMEMBERED_ACTIVITIES = 500
+
+
+class VirtualEvents:
+    """Marks on one rank's stream: `EventSource` in virtual time.
+
+    Attributes:
+        next: the mark for what the host does at this moment.
+    """
+
+    __slots__ = ("next",)
+
+    def __init__(self) -> None:
+        """A mark that nobody reaches, until the host works."""
+        self.next = Mark()
+
+    def record(self) -> Mark:
+        """See `EventSource`."""
+        return self.next
+
+
+@dataclass
+class Rank:
+    """One rank of the job.
+
+    Attributes:
+        number: global rank.
+        stage: of the pipeline.
+        pipeline: its data-parallel rank.
+        gpu: what it computes on.
+        threads: its side threads.
+        events: marks on its stream.
+        session: what it tells of its training; none where it never opens one.
+    """
+
+    number: int
+    stage: int
+    pipeline: int
+    gpu: VirtualGpu
+    threads: VirtualThreads
+    events: VirtualEvents = field(default_factory=VirtualEvents)
+    session: FollowedSession | None = None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One instruction of a stage, and what it has to do with the other stages of its pipeline.
+
+    Attributes:
+        call: chunk, microbatch and kind, as told to a session.
+        type: number of its instruction type.
+        place: number of the instruction in the pipeline.
+        needs: the number of the one whose result it waits for, -1 for none on another stage.
+        next_stage: the stage that waits for its result, -1 for none.
+    """
+
+    call: tuple[int, int, Kind]
+    type: int
+    place: int
+    needs: int
+    next_stage: int
+
+
+def instruction_types(schedule: Schedule, stage: int) -> list[InstructionType]:
+    """Of one stage, in the order in which they are numbered here."""
+    return sorted({i.type for i in schedule.stages[stage]})
+
+
+def steps_of(schedule: Schedule) -> list[list[_Step]]:
+    """Each stage's instructions in order. Backwards may be whole or split."""
+    places = {instruction: place for place, instruction in enumerate(schedule.instructions)}
+    needs = {i: before for i in places if (before := _needed_by(schedule, i)) in places}
+    next_stages = {before: i.stage for i, before in needs.items()}
+    steps = []
+    for stage, order in enumerate(schedule.stages):
+        types = instruction_types(schedule, stage)
+        steps.append(
+            [
+                _Step(
+                    (i.chunk, i.microbatch, i.kind),
+                    types.index(i.type),
+                    places[i],
+                    places[needs[i]] if i in needs else -1,
+                    next_stages.get(i, -1),
+                )
+                for i in order
+            ]
+        )
+    return steps
+
+
+def _needed_by(schedule: Schedule, instruction: Instruction) -> Instruction | None:
+    """The same microbatch's instruction on another stage that has to end first."""
+    path = schedule.path
+    at = path.index((instruction.stage, instruction.chunk))
+    if instruction.kind is Kind.BACKWARD_WEIGHT:
+        return None
+    at += -1 if instruction.kind is Kind.FORWARD else 1
+    if not 0 <= at < len(path) or path[at][0] == instruction.stage:
+        return None
+    stage, chunk = path[at]
+    return instruction._replace(stage=stage, chunk=chunk)
+
+
+class VirtualStage:
+    """The tensor-parallel group of one stage of one pipeline."""
+
+    def __init__(
+        self, job: VirtualJob, ranks: Sequence[Rank], work: Work, steps: Sequence[_Step], pipeline: int
+    ) -> None:
+        """Has no work yet.
+
+        Args:
+            job: which it is part of.
+            ranks: the group.
+            work: what the group's GPUs share.
+            steps: its instructions in order.
+            pipeline: which of the job's.
+        """
+        self.ranks = ranks
+        self.pipeline = pipeline
+        self._job = job
+        self._queue = job.queue
+        self._gpus = [rank.gpu for rank in ranks]
+        self._work = work
+        self._steps = steps
+        self._calls = [step.call for step in steps]
+        self._given: list[list[Mark]] = []
+        self._marks: list[Mark] = []
+        self._position = 0
+        self._is_computing = False
+        self._end = 0
+        for gpu in self._gpus:
+            gpu.on_change = self._times_have_changed
+
+    # The hosts
+
+    def give_iteration(self) -> None:
+        """Each rank's host goes through the next iteration."""
+        calls = self._calls
+        marks = [Mark() for _ in range(2 * len(calls) + 2)]
+        num_microbatches = self._job.schedule.num_microbatches
+        for rank in self.ranks:
+            session = rank.session
+            if session is None:
+                continue
+            self._queue.rank = rank.number
+            events = rank.events
+            events.next = marks[0]
+            session.begin_iteration(num_microbatches)
+            place = 1
+            for chunk, microbatch, kind in calls:
+                events.next = marks[place]
+                session.begin_instruction(chunk, microbatch, kind)
+                events.next = marks[place + 1]
+                session.end_instruction()
+                place += 2
+            events.next = marks[place]
+            session.end_iteration()
+        self._given.append(marks)
+
+    # The GPUs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether an iteration was given that has not begun."""
+        return bool(self._given)
+
+    def begin_iteration(self) -> None:
+        """The GPUs begin what was given next."""
+        self._marks = self._given.pop(0)
+        self._marks[0].reach(self._queue.now_s)
+        self._position = 0
+        self._go_on_if_possible()
+
+    def go_outside(self) -> None:
+        """All pipelines have ended their instructions: what follows is done by all together."""
+        self._work.begin(self._queue.now_s, OUTSIDE)
+
+    def end_iteration(self) -> None:
+        """The iteration ends."""
+        self._marks[-1].reach(self._queue.now_s)
+        self._work.begin(self._queue.now_s, WAITING)
+        if len(self._work.begins) > _REMEMBERED_ACTIVITIES:
+            for gpu in self._gpus:
+                gpu.catch_up()
+            self._work.forget()
+
+    def go_on_if_possible(self) -> None:
+        """Another stage has got further."""
+        if not self._is_computing and self._marks:
+            self._go_on_if_possible()
+
+    def _go_on_if_possible(self) -> bool:
+        """Begins the next instruction, unless it has to wait for another stage; returns whether it has begun."""
+        if self._position == len(self._steps):
+            return False
+        step = self._steps[self._position]
+        if step.needs >= 0 and not self._job.done[self.pipeline][step.needs]:
+            return False
+        now_s = self._queue.now_s
+        self._is_computing = True
+        self._marks[2 * self._position + 1].reach(now_s)
+        factor = self._job.time_factor()
+        self._work.begin(now_s, step.type, factor)
+        slowest_s = max([gpu.duration_s(step.type) for gpu in self._gpus])
+        self._end = self._queue.call_at(now_s + factor * slowest_s, self._end_instruction)
+        if self._position == self._job.give_next_at:
+            self._job.give_next(self)
+        return True
+
+    def _times_have_changed(self) -> None:
+        """The clock of a GPU has changed while it computes."""
+        if self._is_computing:
+            self._end = self._queue.call_at(max([gpu.end_of_present_s() for gpu in self._gpus]), self._end_instruction)
+
+    def _end_instruction(self) -> None:
+        if self._queue.number != self._end:
+            return  # it takes another time by now
+        step = self._steps[self._position]
+        self._job.done[self.pipeline][step.place] = True
+        self._is_computing = False
+        self._marks[2 * self._position + 2].reach(self._queue.now_s)
+        self._position += 1
+        if not self._go_on_if_possible():
+            self._work.begin(self._queue.now_s, WAITING)
+            if self._position == len(self._steps):
+                self._job.stage_is_done()
+        if step.next_stage >= 0:
+            self._job.pipelines[self.pipeline][step.next_stage].go_on_if_possible()
+
+
+class Hosts(Protocol):
+    """What hosts do beside giving work."""
+
+
+class VirtualJob:
+    """All pipelines. They end every iteration together.
+
+    Attributes:
+        queue: what happens.
+        schedule: of every pipeline.
+        pipelines: each a stage after the other.
+        done: for each pipeline, which of its instructions have ended in this iteration.
+        give_next_at: a stage's hosts give it the next iteration when it begins this instruction, counted from 0.
+        num_ended: iterations that have ended.
+        ended_at_s: when they did.
+    """
+
+    def __init__(
+        self, queue: EventQueue, schedule: Schedule, *, tail_s: float, time_noise: float, random_numbers: random.Random
+    ) -> None:
+        """No pipelines yet.
+
+        Args:
+            queue: what happens.
+            schedule: of every pipeline.
+            tail_s: from the last instruction's end to the iteration's.
+            time_noise: by how much one execution's time differs from another's, relative standard deviation.
+            random_numbers: for this.
+        """
+        self.queue = queue
+        self.schedule = schedule
+        self.pipelines: list[list[VirtualStage]] = []
+        self.done: list[bytearray] = []
+        self.give_next_at = min(len(order) for order in schedule.stages) // 2
+        self.num_ended = 0
+        self.ended_at_s: list[float] = []
+        self._tail_s = tail_s
+        self._factors = [max(0.5, 1 + time_noise * random_numbers.gauss(0, 1)) for _ in range(9973)]
+        self._factor = 0
+        self._num_stages_done = 0
+        self._steps = steps_of(schedule)
+        self._num_steps = len(schedule.instructions)
+        self._begins = True
+
+    def add_stage(self, ranks: Sequence[Rank], work: Work) -> None:
+        """Adds the next stage, of the present pipeline until that has all, else of a new one."""
+        if not self.pipelines or len(self.pipelines[-1]) == self.schedule.num_stages:
+            self.pipelines.append([])
+            self.done.append(bytearray(self._num_steps))
+        stages = self.pipelines[-1]
+        stages.append(VirtualStage(self, ranks, work, self._steps[len(stages)], len(self.pipelines) - 1))
+
+    @property
+    def stages(self) -> list[VirtualStage]:
+        """Those of all pipelines."""
+        return [stage for stages in self.pipelines for stage in stages]
+
+    def start(self) -> None:
+        """Gives the first iteration to all, and begins it."""
+        for stage in self.stages:
+            stage.give_iteration()
+        self._begin()
+
+    def time_factor(self) -> float:
+        """The next execution's time over the profile's."""
+        self._factor = (self._factor + 1) % len(self._factors)
+        return self._factors[self._factor]
+
+    def give_next(self, stage: VirtualStage) -> None:
+        """The hosts of a stage give it the next iteration."""
+        self.queue.call_at(self.queue.now_s, stage.give_iteration)
+
+    def stage_is_done(self) -> None:
+        """One more stage has ended its instructions."""
+        self._num_stages_done += 1
+        if self._num_stages_done == len(self.pipelines) * self.schedule.num_stages:
+            for stage in self.stages:
+                stage.go_outside()
+            self.queue.call_at(self.queue.now_s + self._tail_s, self._end)
+
+    def _begin(self) -> None:
+        self._num_stages_done = 0
+        self.done = [bytearray(self._num_steps) for _ in self.pipelines]
+        for stage in self.stages:
+            stage.begin_iteration()
+
+    def _end(self) -> None:
+        self.num_ended += 1
+        self.ended_at_s.append(self.queue.now_s)
+        for stage in self.stages:
+            stage.end_iteration()
+        self._begin()
