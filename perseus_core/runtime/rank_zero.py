@@ -1,6 +1,6 @@
 """What only rank 0 does, in a side thread: it reads what all ranks tell, decides, and publishes orders and plans.
 
-About once a second (more often in small jobs) it closes a round: opens the next one, reads all records of the last in
+About once a second (more often in small jobs) it opens the next round, reads all records of the one before the last in
 one go, and works on them as arrays. Whatever follows is published with the iteration from which it holds, far enough
 ahead that every rank hears of it before.
 """
@@ -21,7 +21,7 @@ from perseus_core.runtime.ranks.conversation import (
     plan_key,
     report_key,
     round_key,
-    talking_period_s,
+    round_period_s,
 )
 from perseus_core.runtime.ranks.decisions import Conclusions, Decisions, Limits
 from perseus_core.runtime.ranks.job_table import JobTable
@@ -36,9 +36,9 @@ from perseus_core.runtime.side_threads import SideThread, SideThreads
 
 # All ranks open their sessions at the same iteration.
 _OPENING_LIMIT_S = 10.0
-# Two talks until a rank has heard of an order, and one more for a thread that came late. Hosts of ranks run ahead of
-# each other by an iteration or two.
-_TALKS_TO_BE_HEARD = 3
+# Within one round every rank has heard of an order; twice as much for threads that come late. Hosts of ranks run ahead
+# of each other by an iteration or two.
+_ROUNDS_TO_BE_HEARD = 2
 _MOST_ITERATIONS_APART = 2
 # A rank that trains tells something at every iteration.
 _SILENT_ITERATIONS = 50
@@ -84,7 +84,7 @@ class RankZero:
         self._announcer = announcer
         self._reporter = reporter
         self._iteration = iteration
-        self._period_s = talking_period_s(world_size)
+        self._period_s = round_period_s(world_size)
         self._opened_s = threads.now_s()
         self._table = JobTable(world_size)
         self._decisions: Decisions | None = None
@@ -131,7 +131,7 @@ class RankZero:
         if self._leaving:
             self._step_aside(0 if self._failing else self._soonest(now_s) + 16)
             return None
-        self._close_round(now_s)
+        self._read_round(now_s)
         if not self._order.number:
             self._publish(replace(self._order, phase=Phase.OPENING))
         if self._decisions is None:
@@ -139,12 +139,12 @@ class RankZero:
         self._decide(self._decisions, now_s)
         return None if self._order.phase is Phase.STEPPED_ASIDE else self._period_s
 
-    def _close_round(self, now_s: float) -> None:
-        last = self._news.round
-        self._tell_news(self._news._replace(round=last + 1))
-        content = self._store.read(round_key(last))
+    def _read_round(self, now_s: float) -> None:
+        before_last = round_key(self._news.round - 1)
+        self._tell_news(self._news._replace(round=self._news.round + 1))
+        content = self._store.read(before_last)
         if content is not None:
-            self._store.delete(round_key(last))
+            self._store.delete(before_last)
             self._table.take_in(as_records(content), now_s)
 
     def _open(self, now_s: float) -> float | None:
@@ -267,7 +267,7 @@ class RankZero:
         self._progress.append((now_s, iteration))
         then_s, then = self._progress[0]
         per_s = (iteration - then) / (now_s - then_s) if now_s > then_s else 0.0
-        return iteration + _MOST_ITERATIONS_APART + math.ceil(_TALKS_TO_BE_HEARD * self._period_s * per_s)
+        return iteration + _MOST_ITERATIONS_APART + math.ceil(_ROUNDS_TO_BE_HEARD * self._period_s * per_s)
 
     def _publish(self, order: Order) -> None:
         if self._order.number and order == self._order:

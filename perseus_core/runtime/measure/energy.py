@@ -142,14 +142,14 @@ def solve_powers(iterations: Sequence[Iteration], readings: Sequence[CounterRead
     Returns:
         The powers, or None if no interval with an instruction lies within the iterations.
     """
-    occupancy = _Occupancy(iterations)
-    begins, ends = _intervals(readings)
-    if not ends:
-        return None
-    num_types = len(occupancy.types)
     times_s = np.array([reading.time_s for reading in readings])
     counter_j = np.array([reading.energy_j for reading in readings])
     uncertainties_s = np.array([reading.uncertainty_s for reading in readings])
+    begins, ends = _intervals(times_s, counter_j, uncertainties_s)
+    if not len(ends):
+        return None
+    occupancy = _Occupancy(iterations)
+    num_types = len(occupancy.types)
     before = occupancy.before(times_s)
     seconds = before[ends] - before[begins]
     # Disturbed executions are in no column, and neither is the time beyond the iterations.
@@ -258,26 +258,28 @@ class _Occupancy:
         return kept
 
 
-def _intervals(readings: Sequence[CounterReading]) -> tuple[list[int], list[int]]:
+def _intervals(times_s: Array, energies_j: Array, uncertainties_s: Array) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
     """Begins and ends of the intervals to use, as places of the readings.
 
     An interval is at least ten times as long as its ends are uncertain, so readings of a thread that ran late, or of a
     fast counter, are passed over. Where the counter fell (a reset, a wrap) a new interval begins.
     """
+    places = np.arange(len(times_s))
+    needed_s = np.maximum(_MIN_SPACING_UNCERTAINTIES * uncertainties_s, _MIN_SPACING_S)
+    is_far_enough = times_s[1:] - times_s[:-1] >= np.maximum(needed_s[1:], needed_s[:-1])
+    if (is_far_enough & (energies_j[1:] >= energies_j[:-1])).all():
+        return places[:-1], places[1:]
     begins: list[int] = []
     ends: list[int] = []
-    begin: CounterReading | None = None
-    begin_place = 0
-    for place, reading in enumerate(readings):
-        if begin is None or reading.energy_j < begin.energy_j:
-            begin, begin_place = reading, place
-            continue
-        uncertainty_s = max(begin.uncertainty_s, reading.uncertainty_s)
-        if reading.time_s - begin.time_s >= max(_MIN_SPACING_UNCERTAINTIES * uncertainty_s, _MIN_SPACING_S):
-            begins.append(begin_place)
+    begin = 0
+    for place in range(1, len(places)):
+        if energies_j[place] < energies_j[begin]:
+            begin = place
+        elif times_s[place] - times_s[begin] >= max(needed_s[begin], needed_s[place]):
+            begins.append(begin)
             ends.append(place)
-            begin, begin_place = reading, place
-    return begins, ends
+            begin = place
+    return np.array(begins, int), np.array(ends, int)
 
 
 def _solve(seconds: Array, energies_j: Array, timing_s: Array, num_instructions: int) -> tuple[Array, Array]:

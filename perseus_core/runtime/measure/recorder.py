@@ -91,6 +91,8 @@ class Recorder:
     def __init__(self) -> None:
         """Empty."""
         self._open: deque[Record] = deque()
+        self._last_steps: list[Step] = []
+        self._last_types: list[ChunkKind] = []
 
     def keep(self, record: Record) -> None:
         """An iteration has been given to the GPU."""
@@ -101,10 +103,21 @@ class Recorder:
         while self._open and (end := self._open[0].end) is not None and end.reached():
             record = self._open.popleft()
             spans = tuple(
-                Span(ChunkKind(chunk, kind), begin.time_s(), ended.time_s())
-                for (chunk, _, kind), begin, ended in zip(record.steps, record.begins, record.ends, strict=True)
+                [
+                    Span(executed, begin.time_s(), ended.time_s())
+                    for executed, begin, ended in zip(
+                        self._types_of(record.steps), record.begins, record.ends, strict=True
+                    )
+                ]
             )
             iteration = Iteration(record.number, record.begin.time_s(), end.time_s(), spans)
             # Events are given back to their pool as soon as possible.
             record.begins, record.ends = [], []
             yield MeasuredIteration(record, iteration)
+
+    def _types_of(self, steps: list[Step]) -> list[ChunkKind]:
+        """Of each executed instruction; those of the last iteration, which are usually the same, are not made again."""
+        if steps != self._last_steps:
+            self._last_steps = list(steps)
+            self._last_types = [ChunkKind(chunk, kind) for chunk, _, kind in steps]
+        return self._last_types

@@ -4,12 +4,13 @@ The training thread hands over records and looks at the newest order; it never w
 
 The side thread, about once a second (more often in small jobs):
 
-1. appends what is new to the key of the present round; a rank with nothing new appends nothing;
-2. looks at the news, a few bytes: whether there is another round, another order, other figures;
+1. looks at the news, a few bytes: whether there is another round, another order, other figures;
+2. appends what is new to the key of the present round; a rank with nothing new appends nothing;
 3. fetches what it does not have yet: the order, a plan that is offered, figures.
 
-Nothing is lost: rank 0 opens the next round before it reads the last one. So a rank that has appended to a round, and
-after that still finds it open, knows that its records will be read; else it tells them again.
+Nothing is lost: rank 0 reads a round when the next one has been open for a while, and opens one more before it does. So
+a rank that has appended to a round, and after that finds no more than the next one open, knows that its records will be
+read; else it tells them again.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class RankZeroUnheard(PerseusError):  # noqa: N818 (named by what happened)
 def talking_period_s(world_size: int) -> float:
     """How often each rank talks to the store."""
     return min(_LONGEST_PERIOD_S, max(_SHORTEST_PERIOD_S, world_size / _TALKS_PER_S))
+
+
+def round_period_s(world_size: int) -> float:
+    """How long a round lasts: a little longer than a talk, so that none is missed between two talks."""
+    return 1.25 * talking_period_s(world_size)
 
 
 def round_key(number: int) -> str:
@@ -108,6 +114,7 @@ class Conversation:
         self._reported = self._received = 0
         self._told_state: RankState | None = None
         self._unconfirmed = b""
+        self._appended_to = -1
         self._plans: dict[int, bytes] = {}
         self._leaving = False
 
@@ -159,12 +166,13 @@ class Conversation:
 
     def _talk(self) -> float | None:
         leaving = self._leaving
-        self._append_what_is_new()
         content = self._store.read(NEWS)
         news = self._news if content is None else News.decode(content)
-        if news.round == self._news.round:
-            self._unconfirmed = b""  # the round was still open after it was appended
-        if leaving and not self._unconfirmed:
+        if news.round <= self._appended_to + 1:
+            self._unconfirmed = b""
+        self._send_reports()
+        is_all_told = self._append_what_is_new(news.round)
+        if leaving and is_all_told:
             return None
         if news.order > self.order.number and (content := self._store.read(ORDER)) is not None:
             self.order = Order.decode(content)
@@ -176,11 +184,14 @@ class Conversation:
             raise RankZeroUnheard("rank 0 has not opened a session: perseus is missing, switched off or failed there")
         return 0.0 if leaving else self._period_s
 
-    def _append_what_is_new(self) -> None:
+    def _send_reports(self) -> None:
         while self._reports:
             collection, content = self._reports.popleft()
             self._store.append(report_key(collection, self._rank), content)
             self._reported = collection
+
+    def _append_what_is_new(self, round_number: int) -> bool:
+        """Returns whether everything was told before, and surely read."""
         new = [self._unconfirmed]
         while self._new:
             new.append(self._new.popleft())
@@ -189,8 +200,11 @@ class Conversation:
             self._told_state = state
             new.append(records.state(self._rank, state))
         self._unconfirmed = b"".join(new)
-        if self._unconfirmed:
-            self._store.append(round_key(self._news.round), self._unconfirmed)
+        if not self._unconfirmed:
+            return True
+        self._store.append(round_key(round_number), self._unconfirmed)
+        self._appended_to = round_number
+        return False
 
     def _fetch_plan(self, order: Order) -> None:
         if not order.offered or order.offered == self._received:
