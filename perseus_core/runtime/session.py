@@ -8,6 +8,7 @@ for another rank.
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -130,6 +131,8 @@ class Session:
         self._collected = 0
         self._straggler_slowdown = settings.straggler_slowdown
         self._figures_handed_on = b""
+        self._policy: Policy | None = None  # set before there was a planner
+        self._pid = os.getpid()
         self._failed = self._closed = False
 
         self._conversation.start()
@@ -199,7 +202,7 @@ class Session:
 
     def close(self) -> None:
         """Gives the clock back and leaves. Any number of times; takes a second at most, whatever hangs."""
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:  # a forked child has this session's exit handler, too
             return
         self._closed = True
         try:
@@ -214,6 +217,8 @@ class Session:
         try:
             if self._prepared.planner is not None:
                 self._prepared.planner.change_policy(policy, None)
+            else:
+                self._policy = policy
         except Exception as error:
             self._fail(error)
 
@@ -368,7 +373,9 @@ class Session:
         settable = None if self._settings.measure_only else device
         self._clocks = StageClocks(settable, self._settings.switch_latency_s, threads=self._threads, guard=self._guard)
         self._clocks.start()
-        if self._rank_zero is not None:
+        if self._rank_zero is not None and self._prepared.planner is not None:
+            if self._policy is not None:
+                self._prepared.planner.change_policy(self._policy, None)
             self._rank_zero.planner = self._prepared.planner
         self._conversation.tell_state(self._state())
 

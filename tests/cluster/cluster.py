@@ -187,25 +187,28 @@ class Cluster:
 
     def run_until(self, is_over: Callable[[], bool]) -> None:
         """Trains until a condition holds, which is looked at after everything that happens."""
+        self._run(lambda: self.queue.run_until(is_over))
+
+    def run_iterations(self, number: int) -> None:
+        """Trains for so many iterations more."""
+        self.job.stop_after = self.job.num_ended + number
+        self._run(self.queue.run_until_stopped)
+
+    def run_for(self, seconds: float) -> None:
+        """Trains for so long."""
+        self.queue.call_at(self.queue.now_s + seconds, self.queue.stop)
+        self._run(self.queue.run_until_stopped)
+
+    def _run(self, run: Callable[[], None]) -> None:
         with self._listening(), _without_garbage_collection():
             if not self._has_begun:
                 self._has_begun = True
                 self._open_sessions()
                 self.job.start()
-            self.queue.run_until(is_over)
-
-    def run_iterations(self, number: int) -> None:
-        """Trains for so many iterations more."""
-        until = self.job.num_ended + number
-        self.run_until(lambda: self.job.num_ended >= until)
-
-    def run_for(self, seconds: float) -> None:
-        """Trains for so long."""
-        until_s = self.queue.now_s + seconds
-        self.run_until(lambda: self.queue.now_s >= until_s)
+            run()
 
     def close(self) -> None:
-        """All ranks end training: their sessions are closed, and what they still have to do is done."""
+        """All ranks close their sessions. What these still have to do is done in what is run after that."""
         with self._listening():
             for rank in self.ranks:
                 if rank.session is not None:

@@ -296,7 +296,7 @@ class VirtualGpu:
             self._integrate(self._next_move_s)
             error_j = self._noise.counter * self._random.gauss(0, 1) * (self._energy_j - self._counted_j)
             self._counted_j = self._energy_j
-            self._counter_j = max(self._counter_j, round(self._energy_j + error_j, 3))
+            self._counter_j = max(self._counter_j, self._energy_j + error_j)
             self._next_move_s += self._period_s
 
     def _integrate(self, time_s: float) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from perseus_core.planning.dag import data_dependencies
 from perseus_core.planning.schedule import Instruction, InstructionType, Kind, Schedule
 from perseus_core.runtime.adapter import FollowedSession
 from tests.cluster.virtual_gpu import OUTSIDE, WAITING, VirtualGpu, Work
@@ -70,15 +70,15 @@ class _Step:
         call: chunk, microbatch and kind, as told to a session.
         type: number of its instruction type.
         place: number of the instruction in the pipeline.
-        needs: the number of the one whose result it waits for, -1 for none on another stage.
-        next_stage: the stage that waits for its result, -1 for none.
+        needs: the numbers of those on other stages whose results it waits for.
+        next_stages: the stages that wait for its result.
     """
 
     call: tuple[int, int, Kind]
     type: int
     place: int
-    needs: int
-    next_stage: int
+    needs: tuple[int, ...]
+    next_stages: tuple[int, ...]
 
 
 def instruction_types(schedule: Schedule, stage: int) -> list[InstructionType]:
@@ -87,39 +87,27 @@ def instruction_types(schedule: Schedule, stage: int) -> list[InstructionType]:
 
 
 def steps_of(schedule: Schedule) -> list[list[_Step]]:
-    """Each stage's instructions in order. Backwards may be whole or split."""
+    """Each stage's instructions in order."""
     places = {instruction: place for place, instruction in enumerate(schedule.instructions)}
-    needs = {i: before for i in places if (before := _needed_by(schedule, i)) in places}
-    next_stages = {before: i.stage for i, before in needs.items()}
-    steps = []
-    for stage, order in enumerate(schedule.stages):
-        types = instruction_types(schedule, stage)
-        steps.append(
-            [
-                _Step(
-                    (i.chunk, i.microbatch, i.kind),
-                    types.index(i.type),
-                    places[i],
-                    places[needs[i]] if i in needs else -1,
-                    next_stages.get(i, -1),
-                )
-                for i in order
-            ]
-        )
-    return steps
-
-
-def _needed_by(schedule: Schedule, instruction: Instruction) -> Instruction | None:
-    """The same microbatch's instruction on another stage that has to end first."""
-    path = schedule.path
-    at = path.index((instruction.stage, instruction.chunk))
-    if instruction.kind is Kind.BACKWARD_WEIGHT:
-        return None
-    at += -1 if instruction.kind is Kind.FORWARD else 1
-    if not 0 <= at < len(path) or path[at][0] == instruction.stage:
-        return None
-    stage, chunk = path[at]
-    return instruction._replace(stage=stage, chunk=chunk)
+    needs: dict[Instruction, list[int]] = {i: [] for i in places}
+    next_stages: dict[Instruction, set[int]] = {i: set() for i in places}
+    for before, after in data_dependencies(schedule):
+        if before.stage != after.stage:
+            needs[after].append(places[before])
+            next_stages[before].add(after.stage)
+    return [
+        [
+            _Step(
+                (i.chunk, i.microbatch, i.kind),
+                instruction_types(schedule, stage).index(i.type),
+                places[i],
+                tuple(needs[i]),
+                tuple(sorted(next_stages[i])),
+            )
+            for i in order
+        ]
+        for stage, order in enumerate(schedule.stages)
+    ]
 
 
 class VirtualStage:
@@ -181,11 +169,6 @@ class VirtualStage:
 
     # The GPUs
 
-    @property
-    def has_work(self) -> bool:
-        """Whether an iteration was given that has not begun."""
-        return bool(self._given)
-
     def begin_iteration(self) -> None:
         """The GPUs begin what was given next."""
         self._marks = self._given.pop(0)
@@ -216,8 +199,10 @@ class VirtualStage:
         if self._position == len(self._steps):
             return False
         step = self._steps[self._position]
-        if step.needs >= 0 and not self._job.done[self.pipeline][step.needs]:
-            return False
+        done = self._job.done[self.pipeline]
+        for place in step.needs:
+            if not done[place]:
+                return False
         now_s = self._queue.now_s
         self._is_computing = True
         self._marks[2 * self._position + 1].reach(now_s)
@@ -246,12 +231,8 @@ class VirtualStage:
             self._work.begin(self._queue.now_s, WAITING)
             if self._position == len(self._steps):
                 self._job.stage_is_done()
-        if step.next_stage >= 0:
-            self._job.pipelines[self.pipeline][step.next_stage].go_on_if_possible()
-
-
-class Hosts(Protocol):
-    """What hosts do beside giving work."""
+        for stage in step.next_stages:
+            self._job.pipelines[self.pipeline][stage].go_on_if_possible()
 
 
 class VirtualJob:
@@ -265,6 +246,7 @@ class VirtualJob:
         give_next_at: a stage's hosts give it the next iteration when it begins this instruction, counted from 0.
         num_ended: iterations that have ended.
         ended_at_s: when they did.
+        stop_after: the queue stops when so many have ended.
     """
 
     def __init__(
@@ -286,13 +268,13 @@ class VirtualJob:
         self.give_next_at = min(len(order) for order in schedule.stages) // 2
         self.num_ended = 0
         self.ended_at_s: list[float] = []
+        self.stop_after = -1
         self._tail_s = tail_s
         self._factors = [max(0.5, 1 + time_noise * random_numbers.gauss(0, 1)) for _ in range(9973)]
         self._factor = 0
         self._num_stages_done = 0
         self._steps = steps_of(schedule)
         self._num_steps = len(schedule.instructions)
-        self._begins = True
 
     def add_stage(self, ranks: Sequence[Rank], work: Work) -> None:
         """Adds the next stage, of the present pipeline until that has all, else of a new one."""
@@ -342,3 +324,5 @@ class VirtualJob:
         for stage in self.stages:
             stage.end_iteration()
         self._begin()
+        if self.num_ended == self.stop_after:
+            self.queue.stop()

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from heapq import heappop, heappush
 from typing import Any, TypeVar
 
-from perseus_core.runtime.side_threads import Awaited, SideThread, Step
+from perseus_core.runtime.side_threads import SideThread, Step
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ class EventQueue:
         self.rank = NOBODY
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_asked_for = 0
+        self._is_stopped = False
 
     def call_at(self, time_s: float, action: Callable[[], None]) -> int:
         """Has a function called at some time, now at the earliest; returns the event's number.
@@ -43,17 +44,29 @@ class EventQueue:
         return self._num_asked_for
 
     def run_until(self, is_over: Callable[[], bool]) -> None:
-        """Lets things happen until a condition holds, which is looked at after each event.
+        """Lets things happen until a condition holds, which is looked at after each event."""
+        self.run_until_stopped(lambda: self.stop() if is_over() else None)
+
+    def run_until_stopped(self, after_each: Callable[[], None] | None = None) -> None:
+        """Lets things happen until `stop` is called.
 
         Raises:
             AssertionError: if nothing is left to happen before.
         """
         events = self._events
-        while not is_over():
+        self._is_stopped = False
+        while not self._is_stopped:
             assert events, "nothing is left to happen"
             self.now_s, self.number, action = heappop(events)
-            self.rank = NOBODY
             action()
+            if after_each is not None:
+                self.rank = NOBODY
+                after_each()
+        self.rank = NOBODY
+
+    def stop(self) -> None:
+        """Nothing more happens after the present event."""
+        self._is_stopped = True
 
 
 class Mark:
@@ -98,7 +111,15 @@ class Mark:
 
 
 class VirtualThreads:
-    """The side threads of one rank: `perseus_core.runtime.side_threads.SideThreads` in virtual time."""
+    """The side threads of one rank: `perseus_core.runtime.side_threads.SideThreads` in virtual time.
+
+    Attributes:
+        queue: what they live on.
+        rank: whose they are.
+        is_in_step: whether a side thread is doing something at this moment.
+        spent_s: what it has spent of virtual time with that.
+        stopped_until_s: until then none of them runs.
+    """
 
     def __init__(self, queue: EventQueue, rank: int, *, task_s: Callable[[], float] = lambda: 0.0) -> None:
         """No thread yet.
@@ -111,9 +132,10 @@ class VirtualThreads:
         self.queue = queue
         self.rank = rank
         self.spent_s = 0.0
+        self.is_in_step = False
+        self.stopped_until_s = -math.inf
         self._task_s = task_s
         self._busy_until_s = 0.0
-        self._stopped_until_s = -math.inf
         self._is_closed = False
 
     def now_s(self) -> float:
@@ -137,23 +159,13 @@ class VirtualThreads:
         self._is_closed = True
 
     def spend(self, seconds: float) -> None:
-        """What the step that runs is doing takes so long; called by what it calls."""
-        self.spent_s += seconds
+        """What a side thread is doing takes so long; called by what it calls. The training thread's calls take none."""
+        if self.is_in_step:
+            self.spent_s += seconds
 
     def stop_for(self, seconds: float) -> None:
         """A fault: no step of this rank is taken for some time, as if the process got no processor."""
-        self._stopped_until_s = self.queue.now_s + seconds
-
-    def take(self, step: Step) -> tuple[float | Awaited | None, float]:
-        """Takes a step if the rank may run; returns what to wait for, and from when on."""
-        queue = self.queue
-        if queue.now_s < self._stopped_until_s:
-            return 0.0, self._stopped_until_s
-        queue.rank = self.rank
-        self.spent_s = 0.0
-        wait = step()
-        from_s, self.spent_s = queue.now_s + self.spent_s, 0.0
-        return wait, from_s
+        self.stopped_until_s = self.queue.now_s + seconds
 
     def _do(self, task: Callable[[], Any], future: Future[Any]) -> None:
         self.queue.rank = self.rank
@@ -161,7 +173,6 @@ class VirtualThreads:
             future.set_result(task())
         except Exception as error:  # whoever asks for the result gets it
             future.set_exception(error)
-        self.spent_s = 0.0
 
 
 class _VirtualThread:
@@ -198,14 +209,31 @@ class _VirtualThread:
         self._next = self._threads.queue.call_at(time_s, self._run) if time_s < math.inf else NEVER
 
     def _run(self) -> None:
-        if self._threads.queue.number != self._next or self._has_ended:
+        threads = self._threads
+        queue = threads.queue
+        if queue.number != self._next or self._has_ended:
             return  # it was woken before
+        if queue.now_s < threads.stopped_until_s:
+            self._go_on_at(threads.stopped_until_s)
+            return
+        queue.rank = threads.rank
         self._can_be_woken = self._is_woken = False
-        wait, from_s = self._threads.take(self._step)
-        if wait is None:
+        threads.is_in_step = True
+        wait = self._step()
+        threads.is_in_step = False
+        from_s = queue.now_s
+        if threads.spent_s:
+            from_s += threads.spent_s
+            threads.spent_s = 0.0
+        if type(wait) is float and wait < math.inf:  # what `_go_on_at` does, without a call: this is most of all steps
+            self._can_be_woken = True
+            self._due_s = from_s if self._is_woken else from_s + wait
+            self._next = queue.call_at(self._due_s, self._run)
+        elif type(wait) is float:
+            self._go_on_at(from_s if self._is_woken else wait)
+        elif wait is None:
             self._has_ended = True
-        elif isinstance(wait, (int, float)):
-            self._go_on_at(from_s if self._is_woken else from_s + wait)
-        else:
-            assert isinstance(wait, Mark), "in virtual time only marks are waited for"
+        elif isinstance(wait, Mark):
             wait.wake_when_reached(self)
+        else:
+            raise AssertionError(f"in virtual time one waits for seconds or marks, not for {wait!r}")

@@ -35,6 +35,8 @@ class PipelineJob:
         iterations: how many at most.
         iterations_under_plan: stop when a plan has run for so many; 0 for never.
         plan_to_reach: the first plan that counts for that.
+        phase_to_reach: if given, iterations in this phase count instead of those under a plan.
+        least_iterations: stop no earlier than this.
         num_stages, data_parallel: ranks are stages x data_parallel.
         num_microbatches: of an iteration.
         tail_s: time outside the pipeline.
@@ -60,6 +62,8 @@ class PipelineJob:
     close_at: int = -1
     iterations_under_plan: int = 0
     plan_to_reach: int = 1
+    phase_to_reach: str = ""
+    least_iterations: int = 0
 
 
 def run(job: PipelineJob, timeout_s: float = 300) -> list[dict[str, Any] | None]:
@@ -152,7 +156,6 @@ def _run_ranks(job: PipelineJob) -> None:
 
 
 def _train(rank: int, job: PipelineJob) -> None:
-    if os.environ.get("PT_DBG"): exec(open("/tmp/dbg.py").read(), {})
     import torch
     import torch.distributed as dist
 
@@ -227,17 +230,19 @@ def _train(rank: int, job: PipelineJob) -> None:
 
     begins_s, energies_j, losses, hook_s = [], [], [], []
     started_cpu_s = time.process_time()
-    under_plan, last = 0, job.iterations
+    under_plan, reached, last = 0, 0, job.iterations
     for iteration in range(job.iterations):
         if job.iterations_under_plan:
-            under_plan += session.status().plan >= job.plan_to_reach
-            if rank == 0 and under_plan == job.iterations_under_plan:
-                store.set("last", str(iteration + 3))  # no rank is further ahead
+            now = session.status()
+            reached += now.phase.value == job.phase_to_reach if job.phase_to_reach else now.plan >= job.plan_to_reach
+            if rank == 0 and reached >= job.iterations_under_plan and not store.check(["last"]):
+                store.set("last", str(max(iteration + 3, job.least_iterations)))  # no rank is further ahead
             if store.check(["last"]):
                 last = int(store.get("last"))
         if iteration >= last:
             break
-        _do_faults(job, rank, iteration, node, session)
+        under_plan += session.status().plan > 0
+        _do_faults(job, rank, iteration, under_plan, node, session)
         if iteration == job.close_at:
             status = session.status()
             session.close()
@@ -285,6 +290,7 @@ def _train(rank: int, job: PipelineJob) -> None:
                 "closing_s": closing_s,
                 "cpu_s": time.process_time() - started_cpu_s,
                 "hook_s": hook_s,
+                "faults": job.faults,
             }
         )
     )
@@ -307,13 +313,15 @@ def _rendezvous(rank: int, world_size: int, port_file: Path) -> Any:
     return dist.TCPStore("127.0.0.1", int(port_file.read_text()), world_size, is_master=False)
 
 
-def _do_faults(job: PipelineJob, rank: int, iteration: int, node: Any, session: Any) -> None:
-    """Faults are dicts with rank, iteration, what and, for some, value."""
+def _do_faults(job: PipelineJob, rank: int, iteration: int, under_plan: int, node: Any, session: Any) -> None:
+    """Faults are dicts with rank, what, for some a value, and when: in which iteration, or in which under a plan."""
     from perseus_core.gpu.simulated import faults
 
     for fault in job.faults:
-        if fault["rank"] != rank or fault["iteration"] != iteration:
+        is_due = fault["iteration"] == iteration if "iteration" in fault else fault["under_plan"] == under_plan
+        if fault["rank"] != rank or not is_due or "done" in fault:
             continue
+        fault["done"] = iteration
         gpu, what, value = node.gpus[rank], fault["what"], fault.get("value")
         if what == "throttle":
             faults.throttle(gpu, value)

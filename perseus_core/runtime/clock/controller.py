@@ -32,7 +32,7 @@ from perseus_core.runtime.side_threads import SideThread, SideThreads
 # until that, should the instruction end before it was expected to. Events carry their times, so one that is seen late
 # is not acted upon late, as long as it lies more than a latency before the next change.
 _LOOK_EVERY_S = 0.005
-_LOOK_EVERY_S_IDLE = 0.1
+_LOOK_EVERY_S_IDLE = 0.25
 _LOOK_EVERY_S_UNGUARDED = 0.02
 # Instructions that are planned to run at one clock need not be followed one by one, but the watchdog wants to see life.
 _PASS_OVER_S = 1.0

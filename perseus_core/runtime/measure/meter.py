@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,7 +202,8 @@ class Meter:
         if self._sampler is None:
             return False
         readings = self._sampler.between(measured.iteration.begin_s, measured.iteration.end_s)
-        return any(reading.throttle.slows_training for reading in readings)
+        reasons = {reading.throttle for reading in readings}  # mostly one
+        return any(reason.slows_training for reason in reasons)
 
     def _count(self, measured: MeasuredIteration) -> bool:
         """Finds the energy of an iteration once the counter has moved beyond its end; returns whether it is settled."""
@@ -220,6 +222,12 @@ def _energy_j(readings: Sequence[CounterReading], begin_s: float, end_s: float) 
     """Energy between two moments, interpolated; 0 where the readings do not reach so far."""
     if len(readings) < 2 or readings[0].time_s > begin_s or readings[-1].time_s < end_s:
         return 0.0
-    at_s = [r.time_s for r in readings]
-    begin_j, end_j = np.interp([begin_s, end_s], at_s, [r.energy_j for r in readings])
-    return max(0.0, float(end_j - begin_j))
+    return max(0.0, _counter_at(readings, end_s) - _counter_at(readings, begin_s))
+
+
+def _counter_at(readings: Sequence[CounterReading], time_s: float) -> float:
+    """The counter at a moment between the first and the last reading, interpolated."""
+    place = min(bisect_right(readings, time_s, key=lambda reading: reading.time_s), len(readings) - 1)
+    before, after = readings[place - 1], readings[place]
+    share = (time_s - before.time_s) / (after.time_s - before.time_s)
+    return before.energy_j + share * (after.energy_j - before.energy_j)

@@ -17,9 +17,12 @@ from perseus_core.runtime.side_threads import SideThread, SideThreads
 _MAX_READINGS = 20_000
 # The counter's period is the median of so many.
 _REMEMBERED_PERIODS = 199
-# From so long before to so long after a move is expected, the counter is looked at so often.
-_LEAD_S = 0.004
+# From some time before to some time after a move is expected, the counter is looked at so often. That time is twice the
+# error of what was expected lately, within these limits: each look costs training a little of the interpreter.
 _CLOSE_LOOK_S = 0.001
+_SHORTEST_LEAD_S = 0.0015
+_LONGEST_LEAD_S = 0.004
+_LEAD_DECAY = 0.9
 
 
 @dataclass(frozen=True)
@@ -158,43 +161,53 @@ class _CounterFollower:
         self._last_energy_j: float | None = None
         self._last_look_s = 0.0
         self._expected_s: float | None = None
+        self._lead_s = _LONGEST_LEAD_S
 
     def step(self) -> float | None:
         """Looks once; returns how long to wait until the next look, None at the end."""
         if self.is_stopping:
             return None
         try:
-            self._look()
+            called_s = self._now_s()
+            energy_j = self._device.total_energy_j()
+            if energy_j != self._last_energy_j:
+                self._has_moved(energy_j, called_s)
         except Exception as error:  # whatever it is, it is not training's business
             self.failure = error
             return None
-        return self._wait_s()
-
-    def _look(self) -> None:
-        called_s = self._now_s()
-        energy_j = self._device.total_energy_j()
-        if energy_j != self._last_energy_j:
-            returned_s = self._now_s()
-            if self._last_energy_j is None:
-                self._counts_energy = self._device.counts_energy
-            else:
-                # An integrated power is up to date at each call; a counter moved at some time since the last look.
-                earliest_s = self._last_look_s if self._counts_energy else called_s
-                self._keep(energy_j, earliest_s, returned_s)
-                period_s = self._counter_period_s() if self._counts_energy else None
-                was_seen_moving = returned_s - earliest_s <= 2 * self._period_s
-                self._expected_s = (earliest_s + returned_s) / 2 + period_s if period_s and was_seen_moving else None
-            self._last_energy_j = energy_j
         self._last_look_s = called_s
-
-    def _wait_s(self) -> float:
-        """Until the next look: shortly before the counter should move, and then often until it has."""
         if self._expected_s is None:
             return self._period_s
-        until_s = self._expected_s - _LEAD_S - self._now_s()
-        if until_s < -2 * _LEAD_S:
+        # Shortly before the counter should move, and then often until it has.
+        until_s = self._expected_s - self._lead_s - self._now_s()
+        if until_s < -2 * _LONGEST_LEAD_S:
             return self._period_s
-        return max(_CLOSE_LOOK_S, until_s)
+        return until_s if until_s > _CLOSE_LOOK_S else _CLOSE_LOOK_S
+
+    def _has_moved(self, energy_j: float, called_s: float) -> None:
+        returned_s = self._now_s()
+        if self._last_energy_j is None:
+            self._counts_energy = self._device.counts_energy
+        else:
+            # An integrated power is up to date at each call; a counter moved at some time since the last look.
+            earliest_s = self._last_look_s if self._counts_energy else called_s
+            self._keep(energy_j, earliest_s, returned_s)
+            if self._counts_energy:
+                self._expect_next(earliest_s, returned_s)
+        self._last_energy_j = energy_j
+
+    def _expect_next(self, earliest_s: float, latest_s: float) -> None:
+        period_s = self._counter_period_s()
+        was_seen_moving = latest_s - earliest_s <= 2 * self._period_s
+        if period_s is None or not was_seen_moving:
+            self._expected_s, self._lead_s = None, _LONGEST_LEAD_S
+            return
+        moved_s = (earliest_s + latest_s) / 2
+        if self._expected_s is not None:
+            error_s = abs(moved_s - self._expected_s)
+            lead_s = max(2 * error_s, _LEAD_DECAY * self._lead_s, _SHORTEST_LEAD_S)
+            self._lead_s = min(lead_s, _LONGEST_LEAD_S)
+        self._expected_s = moved_s + period_s
 
 
 class _Periods:

@@ -1,11 +1,20 @@
-"""All ranks decide alike, from heartbeats alone: here one copy of the rules is fed by hand."""
+"""Rank 0 decides from what all ranks tell: here they tell by hand, in the records that go through the store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from perseus_core.runtime.ranks.decisions import ActivePlan, Coordination, Limits, Orders, Phase, Reason
-from perseus_core.runtime.ranks.heartbeat import NONE, Heartbeat, Introduction
+import numpy as np
+import pytest
+
+from perseus_core.runtime.ranks import records
+from perseus_core.runtime.ranks.decisions import Conclusions, Decisions, Limits
+from perseus_core.runtime.ranks.job_table import JobTable
+from perseus_core.runtime.ranks.order import Baseline, Phase, Reason
+from perseus_core.runtime.ranks.plan_summary import PlanSummary
+from perseus_core.runtime.ranks.records import RankState, Records, as_records
 
 LIMITS = Limits(
     measure_only=False,
@@ -17,110 +26,279 @@ LIMITS = Limits(
 )
 
 
+class Told(NamedTuple):
+    """What one rank tells of one iteration."""
+
+    num_microbatches: int = 8
+    span_s: float = 1.0
+    seen_s: float = 0.0
+    expected_s: float = 0.0
+    throttled: bool = False
+    energy_j: float = 100.0
+
+
+Change = Callable[[int, Told], Told]
+
+
 class Job:
-    """Two stages whose ranks beat once an iteration."""
+    """A pipeline whose ranks tell of every iteration as soon as it is over; what is decided holds from the next on."""
 
-    def __init__(self, limits: Limits = LIMITS, **introduction: float) -> None:
-        introductions = [
-            Introduction(stage, 0, 1, 1, 0, 0, 0, 0, 0)._replace(**(introduction if stage == 0 else {}))
-            for stage in (0, 1)
-        ]
-        self.coordination = Coordination(introductions, limits)
+    def __init__(
+        self,
+        limits: Limits = LIMITS,
+        *,
+        stages: tuple[int, ...] = (0, 1),
+        can_lock: bool = True,
+        ranks_alike: int = 1,
+        **known: Any,
+    ) -> None:
+        """Each of `stages` is one rank, or `ranks_alike` ranks that tell the same."""
+        self.table = JobTable(len(stages) * ranks_alike)
         self.iteration = 0
+        self.offered = 0
+        self._ranks_alike = ranks_alike
+        self._states = [RankState(ready=True, can_lock=can_lock) for _ in stages]
+        self.tell(*(records.hello(rank, stage, 0) for rank, stage in enumerate(stages)))
+        self.change_state()
+        self.decisions = Decisions(self.table, limits, **known)
 
-    def beat(self, change: Callable[[int, Heartbeat], Heartbeat] = lambda rank, beat: beat, **both: float) -> Orders:
-        beats = []
-        for rank in (0, 1):
-            beat = Heartbeat(
-                self.iteration, can_lock=1, timed=self.iteration, num_microbatches=8, span_s=1.0,
-                counted=self.iteration, energy_j=100.0,
-            )  # fmt: skip
-            beats.append(change(rank, beat._replace(**both)))
+    @property
+    def ranks(self) -> range:
+        return range(len(self._states))
+
+    def tell(self, *told: bytes) -> None:
+        """What comes with one round."""
+        self.table.take_in(self._of_all_alike(as_records(b"".join(told))), float(self.iteration))
+
+    def change_state(self, *ranks: int, **changes: Any) -> None:
+        """Some ranks, or all, tell something new of themselves."""
+        for rank in ranks or self.ranks:
+            self._states[rank] = replace(self._states[rank], **changes)
+            self.tell(records.state(rank, self._states[rank]))
+
+    def times(self, iteration: int, change: Change = lambda rank, told: told, **of_all: Any) -> list[bytes]:
+        """What each rank tells of an iteration's time."""
+        told = [change(rank, Told(**of_all)) for rank in self.ranks]
+        return [records.iteration_time(rank, iteration, *told[rank][:5]) for rank in self.ranks]
+
+    def energies(self, iteration: int, change: Change = lambda rank, told: told, **of_all: Any) -> list[bytes]:
+        """What each rank tells of an iteration's energy."""
+        told = [change(rank, Told(**of_all)) for rank in self.ranks]
+        return [records.iteration_energy(rank, iteration, told[rank].energy_j) for rank in self.ranks]
+
+    def conclude(self) -> Conclusions:
+        return self.decisions.conclude(self.iteration, self.offered)
+
+    def iterate(self, change: Change = lambda rank, told: told, **of_all: Any) -> Conclusions:
+        """One iteration on all ranks, and what follows from it."""
+        self.tell(*self.times(self.iteration, change, **of_all), *self.energies(self.iteration, change, **of_all))
         self.iteration += 1
-        return self.coordination.observe(beats)
+        return self.conclude()
 
-    def run_plan(self, number: int = 1, limit_s: float = 1.0) -> None:
+    def warm_up(self) -> None:
+        for _ in range(3):
+            self.iterate()
+
+    def collect(self) -> Conclusions:
+        """All ranks put their measurements into the store."""
+        self.change_state(reported=self.decisions.collection)
+        return self.conclude()
+
+    def run_plan(self, number: int = 1, limit_s: float = 1.0, num_microbatches: int = 8) -> None:
         """Brings the job from any phase that waits for a plan to one that runs it."""
-        orders = self.beat(lambda rank, b: b._replace(plan=number, plan_bytes=10) if rank == 0 else b)
-        assert orders.distribute_bytes == 10
-        orders = self.beat(received=number)
-        assert orders.apply == number
-        self.coordination.begin_watching(ActivePlan(number, 8, limit_s, limit_s, 0.1), self.iteration)
-        self.beat()
+        self.offered = number
+        assert self.conclude().applied == 0
+        *first, last = self.ranks
+        self.change_state(*first, received=number)
+        assert self.conclude().applied == 0, "one rank does not have it yet"
+        self.change_state(last, received=number)
+        assert self.conclude().applied == number
+        if num_microbatches == 8:
+            self.decisions.begin_watching(plan(number, limit_s))
+        self.iterate()
+
+    def _of_all_alike(self, told: Records) -> Records:
+        """The same from all ranks that are like those that told it."""
+        of_all = np.repeat(told, self._ranks_alike)
+        of_all["rank"] = of_all["rank"] * self._ranks_alike + np.tile(np.arange(self._ranks_alike), len(told))
+        return of_all
 
 
-def profiled_job() -> Job:
-    job = Job()
-    for _ in range(3):
-        job.beat()
-    job.beat(sweep_done=1)
-    assert job.beat(part=1, part_bytes=7).collect_sizes == (7, 7)
+def plan(number: int, limit_s: float = 1.0, num_microbatches: int = 8) -> PlanSummary:
+    return PlanSummary(number, num_microbatches, limit_s, limit_s, 180.0, 1.0, 200.0, 0.0, 0.1)
+
+
+def profiled_job(**arguments: Any) -> Job:
+    job = Job(**arguments)
+    job.warm_up()
+    job.change_state(swept=True)
+    job.conclude()
+    assert job.collect().collect_now
     job.run_plan()
     return job
+
+
+def hot(rank: int, told: Told) -> Told:
+    """The GPU of rank 1 is too hot."""
+    return told._replace(seen_s=1.3 if rank == 1 else 1.0, expected_s=1.0, throttled=rank == 1)
 
 
 def test_the_way_from_warm_up_to_a_plan() -> None:
     """Each phase ends when every rank has done its part, and not before."""
     job = Job()
-    phases = [job.coordination.phase]
-    for _ in range(3):
-        job.beat()
-    phases.append(job.coordination.phase)
-    job.beat(lambda rank, b: b._replace(sweep_done=float(rank == 0)))
-    phases.append(job.coordination.phase)
-    job.beat(sweep_done=1)
-    phases.append(job.coordination.phase)
-    job.beat(part=1, part_bytes=7)
-    phases.append(job.coordination.phase)
+    phases = [job.decisions.phase]
+    job.warm_up()
+    phases.append(job.decisions.phase)
+    job.change_state(0, swept=True)
+    job.iterate()
+    phases.append(job.decisions.phase)
+    job.change_state(1, swept=True)
+    job.iterate()
+    phases.append(job.decisions.phase)
+    job.change_state(0, reported=1)
+    assert not job.conclude().collect_now
+    phases.append(job.decisions.phase)
+    job.change_state(1, reported=1)
+    assert job.conclude().collect_now
+    phases.append(job.decisions.phase)
     job.run_plan()
-    phases.append(job.coordination.phase)
-    assert phases == [Phase.WARM_UP, Phase.PROFILE, Phase.PROFILE, Phase.COLLECT, Phase.SOLVE, Phase.RUN]
+    phases.append(job.decisions.phase)
+    assert phases == [
+        Phase.WARM_UP, Phase.PROFILE, Phase.PROFILE, Phase.COLLECT, Phase.COLLECT, Phase.SOLVE, Phase.RUN,
+    ]  # fmt: skip
+
+
+def test_measurements_are_taken_from_the_store_once() -> None:
+    """Whatever is told again while the plan is being made."""
+    job = Job(has_profile=True)
+    job.warm_up()
+    assert job.collect().collect_now
+    for _ in range(3):
+        job.change_state(reported=1)
+        assert not job.iterate().collect_now
+
+
+def test_what_is_decided_holds_from_the_iteration_that_all_ranks_hear_of_before() -> None:
+    """And a phase in which ranks do nothing else than before does not move it."""
+    job = Job()
+    for iteration in range(3):
+        job.tell(*job.times(iteration), *job.energies(iteration))
+    assert job.decisions.conclude(soonest=17, offered=0).phase_changed
+    assert (job.decisions.phase, job.decisions.from_iteration) == (Phase.PROFILE, 17)
+    job.change_state(swept=True)
+    job.decisions.conclude(soonest=23, offered=0)
+    assert (job.decisions.phase, job.decisions.from_iteration) == (Phase.COLLECT, 23)
+    job.change_state(reported=1)
+    job.decisions.conclude(soonest=29, offered=0)
+    assert (job.decisions.phase, job.decisions.from_iteration) == (Phase.SOLVE, 23)
+    assert not job.decisions.conclude(soonest=31, offered=0).phase_changed
+    job.change_state(received=1)
+    assert job.decisions.conclude(soonest=37, offered=1).applied == 1
+    assert (job.decisions.phase, job.decisions.from_iteration) == (Phase.RUN, 37)
 
 
 def test_the_baseline_is_the_first_stages_time_and_all_stages_energy() -> None:
     """Without the warm-up; the median, so that one slow iteration does not count."""
     job = Job()
-    job.beat(span_s=9.0)
-    job.beat(lambda rank, b: b._replace(span_s=2.0 if rank == 0 else 5.0))
-    job.beat(lambda rank, b: b._replace(span_s=2.2 if rank == 0 else 5.0))
-    baseline = job.coordination.baseline
-    assert baseline is not None
-    assert (baseline.num_microbatches, baseline.time_s, baseline.energy_j) == (8, 2.1, 200.0)
+    job.iterate(span_s=9.0)
+    job.iterate(lambda rank, told: told._replace(span_s=2.0 if rank == 0 else 5.0))
+    job.iterate(lambda rank, told: told._replace(span_s=2.25 if rank == 0 else 5.0))
+    assert job.decisions.baseline == Baseline(8, 2.125, 200.0)
+
+
+def test_the_slowest_pipeline_is_the_baseline_and_energies_count_one_gpu_a_stage() -> None:
+    """Two pipelines of two stages: all wait for the slower one."""
+    job = Job(stages=(0, 0, 1, 1))
+    job.iterate()
+    for _ in range(2):
+        job.iterate(lambda rank, told: told._replace(span_s=2.0 + rank, energy_j=100.0 + 10 * rank))
+    assert job.decisions.baseline == Baseline(8, 3.0, 105.0 + 125.0)
+
+
+def test_energies_of_the_baseline_may_be_told_later_than_its_times() -> None:
+    """A counter is read after the fact. Until then the energy is not known, and that holds nothing up."""
+    job = Job()
+    for iteration in range(3):
+        job.tell(*job.times(iteration))
+    job.conclude()
+    assert job.decisions.baseline == Baseline(8, 1.0, 0.0)
+    assert job.decisions.phase is Phase.PROFILE
+    for iteration, energy_j in enumerate((500.0, 100.0, 120.0, 900.0)):
+        job.tell(*job.energies(iteration, energy_j=energy_j))
+        job.conclude()
+    assert job.decisions.baseline == Baseline(8, 1.0, 220.0)
+
+
+def test_an_energy_that_one_rank_cannot_read_is_not_known() -> None:
+    """A sum without one of its parts would be a saving that nobody made."""
+    job = Job()
+    for _ in range(3):
+        job.iterate(lambda rank, told: told._replace(energy_j=100.0 * rank))
+    assert job.decisions.baseline == Baseline(8, 1.0, 0.0)
 
 
 def test_evaluations_and_odd_batches_are_no_baseline() -> None:
-    """An iteration counts where all ranks ran the same number of microbatches as planned."""
+    """An iteration counts where all ranks ran the same number of microbatches."""
     job = Job()
-    job.beat()
+    job.iterate()
     for _ in range(5):
-        job.beat(num_microbatches=0)
-        job.beat(lambda rank, b: b._replace(num_microbatches=8.0 - rank))
-    assert job.coordination.phase is Phase.WARM_UP
+        job.iterate(num_microbatches=0)
+        job.iterate(lambda rank, told: told._replace(num_microbatches=8 - rank))
+    assert job.decisions.phase is Phase.WARM_UP
+
+
+def test_a_batch_size_that_changes_while_warming_up_begins_the_baseline_anew() -> None:
+    """Its median would belong to no iteration."""
+    job = Job()
+    for num_microbatches in (4, 4, 8, 8):
+        job.iterate(num_microbatches=num_microbatches)
+    assert job.decisions.phase is Phase.WARM_UP
+    job.iterate()
+    assert job.decisions.baseline == Baseline(8, 1.0, 200.0)
 
 
 def test_a_known_profile_is_not_measured_again() -> None:
     """The cache saves the sweep, not the baseline."""
-    job = Job(has_profile=1.0)
-    for _ in range(3):
-        job.beat()
-    assert job.coordination.phase is Phase.COLLECT
+    job = Job(has_profile=True)
+    job.warm_up()
+    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.PROFILED)
 
 
 def test_a_restarted_job_runs_its_plan_at_once() -> None:
     """With the baseline of then."""
-    job = Job(has_plan=1.0, saved_baseline_time_s=2.0, saved_baseline_energy_j=300.0, saved_num_microbatches=8.0)
+    job = Job(has_plan=True, baseline=Baseline(8, 2.0, 300.0))
     job.run_plan()
-    assert job.iteration == 3
-    assert job.coordination.phase is Phase.RUN
+    assert job.iteration == 1
+    assert (job.decisions.phase, job.decisions.baseline) == (Phase.RUN, Baseline(8, 2.0, 300.0))
+
+
+def test_a_restarted_job_whose_clocks_cannot_be_set_measures_only() -> None:
+    """A plan of an earlier run is of no use then."""
+    job = Job(has_plan=True, baseline=Baseline(8, 2.0, 300.0), can_lock=False)
+    job.offered = 1
+    job.change_state(received=1)
+    job.warm_up()
+    assert (job.decisions.phase, job.decisions.plan) == (Phase.MEASURE_ONLY, 0)
 
 
 def test_who_measures_only_never_profiles() -> None:
     """The baseline is all there is to do."""
-    job = Job(Limits(True, 1, 2, 2, 0.01))
-    for _ in range(4):
-        job.beat()
-    assert job.coordination.phase is Phase.MEASURE_ONLY
-    assert job.coordination.baseline is not None
+    job = Job(Limits(True, 1, 2, 2, 0.01), has_plan=True, has_profile=True)
+    for _ in range(3):
+        aside = job.iterate().aside
+    assert aside == ()
+    assert job.decisions.phase is Phase.MEASURE_ONLY
+    assert job.decisions.baseline is not None
+
+
+def test_where_a_clock_cannot_be_set_the_baseline_is_all_there_is() -> None:
+    """The ranks because of which it is so are known."""
+    job = Job()
+    job.change_state(1, can_lock=False)
+    conclusions = [job.iterate() for _ in range(3)]
+    assert [c.aside for c in conclusions] == [(), (), (1,)]
+    assert job.decisions.phase is Phase.MEASURE_ONLY
+    assert job.decisions.baseline is not None
 
 
 def test_a_plan_that_is_too_slow_is_corrected_a_few_times_and_then_dropped() -> None:
@@ -128,21 +306,36 @@ def test_a_plan_that_is_too_slow_is_corrected_a_few_times_and_then_dropped() -> 
     job = profiled_job()
     for number in (2, 3):
         for _ in range(3):
-            job.beat(span_s=1.1)
-        orders = job.beat(span_s=1.1)
-        assert orders.verdict is not None and orders.verdict.is_slow
-        assert (job.coordination.phase, job.coordination.reason) == (Phase.COLLECT, Reason.SLOWER)
-        job.beat(part=number, part_bytes=7)
+            job.iterate(span_s=1.1)
+        conclusions = job.iterate(span_s=1.1)
+        assert conclusions.verdict is not None and conclusions.verdict.is_slow
+        assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.SLOWER)
+        assert job.collect().collect_now
         job.run_plan(number)
     for _ in range(4):
-        job.beat(span_s=1.1)
-    assert job.coordination.phase is Phase.RECHECK
-    job.beat(span_s=1.1)  # still under the plan
-    job.beat(span_s=1.1)  # clocks change
+        job.iterate(span_s=1.1)
+    assert job.decisions.phase is Phase.RECHECK
+    job.iterate(span_s=1.1)  # clocks change
     for _ in range(2):
-        assert job.coordination.phase is Phase.RECHECK
-        job.beat(span_s=1.0)
-    assert (job.coordination.phase, job.coordination.plan) == (Phase.MEASURE_ONLY, 0)
+        assert job.decisions.phase is Phase.RECHECK
+        job.iterate(span_s=1.0)
+    assert (job.decisions.phase, job.decisions.plan) == (Phase.MEASURE_ONLY, 0)
+    job.offered = 4
+    job.change_state(received=4)
+    assert job.iterate().applied == 0, "for good"
+
+
+def test_iterations_before_the_recheck_is_in_force_do_not_count_for_it() -> None:
+    """They ran under the plan."""
+    job = profiled_job(limits=replace(LIMITS, max_corrections=0))
+    for iteration in range(job.iteration, job.iteration + 4):
+        job.tell(*job.times(iteration, span_s=1.1))
+    job.decisions.conclude(soonest=job.iteration + 10, offered=1)
+    assert job.decisions.phase is Phase.RECHECK
+    for iteration in range(job.iteration + 4, job.iteration + 11):
+        job.tell(*job.times(iteration, span_s=1.1))
+        job.decisions.conclude(soonest=iteration + 10, offered=1)
+    assert job.decisions.phase is Phase.RECHECK
 
 
 def test_a_job_that_became_slower_by_itself_keeps_plans() -> None:
@@ -150,93 +343,282 @@ def test_a_job_that_became_slower_by_itself_keeps_plans() -> None:
     job = profiled_job()
     for number in (2, 3):
         for _ in range(4):
-            job.beat(span_s=1.1)
-        job.beat(part=number, part_bytes=7)
+            job.iterate(span_s=1.1)
+        job.collect()
         job.run_plan(number)
-    for _ in range(4 + 2):
-        job.beat(span_s=1.1)
+    for _ in range(4 + 1):
+        job.iterate(span_s=1.1)
     for _ in range(2):
-        job.beat(span_s=1.09, energy_j=110.0)
-    assert (job.coordination.phase, job.coordination.reason) == (Phase.COLLECT, Reason.BASELINE_CHANGED)
-    baseline = job.coordination.baseline
-    assert baseline is not None
-    assert (baseline.num_microbatches, baseline.time_s, baseline.energy_j) == (8, 1.09, 220.0)
-    job.beat(part=4, part_bytes=7)
-    job.run_plan(4, limit_s=1.09)
+        job.iterate(span_s=1.0625, energy_j=110.0)
+    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.BASELINE_CHANGED)
+    assert job.decisions.baseline == Baseline(8, 1.0625, 220.0)
+    job.collect()
+    job.run_plan(4, limit_s=1.0625)
     for _ in range(20):
-        job.beat(span_s=1.09)
-    assert (job.coordination.phase, job.coordination.plan) == (Phase.RUN, 4)
+        job.iterate(span_s=1.0625)
+    assert (job.decisions.phase, job.decisions.plan) == (Phase.RUN, 4)
 
 
 def test_a_plan_within_the_tolerance_is_left_alone() -> None:
     """Noise is no reason to plan again, and neither is one disturbance."""
     job = profiled_job()
     for _ in range(20):
-        job.beat(span_s=1.009)
+        job.iterate(span_s=1.009)
     for _ in range(2):
-        job.beat(span_s=1.2)
+        job.iterate(span_s=1.2)
     for _ in range(2):
-        job.beat()
-    assert job.coordination.phase is Phase.RUN
+        job.iterate()
+    assert job.decisions.phase is Phase.RUN
 
 
-def test_a_throttled_gpu_is_seen_in_the_next_heartbeat_and_planned_for_after_three() -> None:
+def test_corrections_that_helped_for_long_do_not_count_against_the_plan() -> None:
+    """Ten verdicts within the limit, and it may be corrected as often as at first."""
+    job = profiled_job()
+    for number in (2, 3, 4, 5, 6):
+        for _ in range(4):
+            job.iterate(span_s=1.1)
+        assert job.decisions.phase is Phase.COLLECT, number
+        job.collect()
+        job.run_plan(number)
+        for _ in range(20):
+            job.iterate()
+
+
+def test_a_throttled_gpu_is_seen_in_the_next_round_and_planned_for_after_three_iterations() -> None:
     """One iteration is worth a log line; a new plan takes some in a row."""
     job = profiled_job()
+    conclusions = job.iterate(hot)
+    assert conclusions.slow_rank is not None
+    assert (conclusions.slow_rank.rank, conclusions.slow_rank.throttled) == (1, True)
+    assert job.decisions.slow_ranks == (1,)
+    assert job.iterate(hot).slow_rank is None, "it is said once"
+    assert job.decisions.phase is Phase.RUN
+    job.iterate(hot)
+    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.SPEED_CHANGED)
 
-    def hot(rank: int, beat: Heartbeat) -> Heartbeat:
-        return beat._replace(seen_s=1.3 if rank == 1 else 1.0, expected_s=1.0, throttled=float(rank == 1))
 
-    orders = job.beat(hot)
-    assert orders.slow_rank is not None
-    assert (orders.slow_rank.rank, orders.slow_rank.speed.throttled) == (1, True)
-    assert job.beat(hot).slow_rank is None, "it is said once"
-    assert job.coordination.phase is Phase.RUN
-    job.beat(hot)
-    assert (job.coordination.phase, job.coordination.reason) == (Phase.COLLECT, Reason.SPEED_CHANGED)
+def test_a_gpu_that_is_hot_while_a_plan_is_made_is_seen_anew_under_it() -> None:
+    """What is expected is another thing then; iterations of the way there count for neither."""
+    job = profiled_job()
+    for _ in range(3):
+        job.iterate(hot)
+    job.collect()
+    for _ in range(20):
+        job.iterate(hot)
+    job.run_plan(2)
+    for _ in range(3):
+        assert job.decisions.phase is Phase.RUN
+        job.iterate(lambda rank, told: told._replace(seen_s=1.0, expected_s=1.0))
+    assert (job.decisions.phase, job.decisions.slow_ranks) == (Phase.RUN, ())
+
+
+def test_an_odd_batch_between_is_no_sign_of_a_slow_gpu() -> None:
+    """The three iterations have to come in a row."""
+    job = profiled_job()
+    for _ in range(5):
+        job.iterate(hot)
+        job.iterate(hot)
+        job.iterate(num_microbatches=0)
+    assert job.decisions.phase is Phase.RUN
 
 
 def test_a_gpu_that_has_cooled_down_is_tried_again() -> None:
     """It is asked for no more than heat allows, so it cannot show by itself that it could do more."""
     job = profiled_job()
     for _ in range(3):
-        job.beat(seen_s=1.3, expected_s=1.0, throttled=1.0)
-    job.beat(part=2, part_bytes=7)
+        job.iterate(seen_s=1.3, expected_s=1.0, throttled=True)
+    job.collect()
     job.run_plan(2)
     for _ in range(12):
-        job.beat()
-    assert job.coordination.reason is Reason.RECOVERED
+        job.iterate()
+    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.RECOVERED)
 
 
 def test_one_rank_that_has_given_up_stops_all() -> None:
-    """Half a plan is no plan."""
+    """Half a plan is no plan, and it does not come back."""
     job = profiled_job()
-    orders = job.beat(lambda rank, b: b._replace(failed=float(rank == 1)))
-    assert orders.aside == (1,)
-    assert (job.coordination.phase, job.coordination.plan) == (Phase.STEPPED_ASIDE, 0)
+    job.change_state(1, failed=True)
+    conclusions = job.iterate()
+    assert conclusions.aside == (1,)
+    assert (job.decisions.phase, job.decisions.plan, job.decisions.from_iteration) == (Phase.STEPPED_ASIDE, 0, 0)
+    job.change_state(1, failed=False)
+    for _ in range(10):
+        assert not job.iterate().phase_changed
+    assert job.decisions.phase is Phase.STEPPED_ASIDE
+
+
+def test_a_rank_that_has_left_ends_the_plan_when_training_has_ended_everywhere() -> None:
+    """Training ends on all ranks almost at once; until then they go on as they were. Nobody is to blame."""
+    job = profiled_job()
+    job.change_state(1, left=True)
+    conclusions = job.decisions.conclude(soonest=50, offered=1)
+    assert conclusions.aside == ()
+    assert job.decisions.phase is Phase.STEPPED_ASIDE
+    assert job.decisions.from_iteration >= 60
+
+
+def test_a_rank_that_failed_and_left_counts_as_failed() -> None:
+    """It is what the others need to hear, and at once."""
+    job = profiled_job()
+    job.change_state(0, left=True)
+    job.change_state(1, failed=True, left=True)
+    assert job.conclude().aside == (1,)
+    assert job.decisions.from_iteration == 0
 
 
 def test_a_clock_that_cannot_be_set_any_more_ends_the_plan_but_not_the_measuring() -> None:
     """The others would wait for it or waste."""
     job = profiled_job()
-    orders = job.beat(lambda rank, b: b._replace(can_lock=float(rank == 0)))
-    assert orders.aside == (1,)
-    assert job.coordination.phase is Phase.MEASURE_ONLY
+    job.change_state(1, can_lock=False)
+    conclusions = job.iterate()
+    assert conclusions.aside == (1,)
+    assert (job.decisions.phase, job.decisions.plan) == (Phase.MEASURE_ONLY, 0)
+    assert job.iterate().aside == (), "it is said once"
+
+
+@pytest.mark.parametrize("phase", [Phase.PROFILE, Phase.COLLECT, Phase.SOLVE])
+def test_a_clock_that_cannot_be_set_on_the_way_to_a_plan_ends_the_way(phase: Phase) -> None:
+    """Measurements at clocks that were not in force would be wrong."""
+    job = Job(has_profile=phase is not Phase.PROFILE)
+    job.warm_up()
+    if phase is Phase.SOLVE:
+        job.collect()
+    assert job.decisions.phase is phase
+    job.change_state(1, can_lock=False)
+    assert job.conclude().aside == (1,)
+    assert job.decisions.phase is Phase.MEASURE_ONLY
 
 
 def test_ranks_may_tell_of_an_iteration_at_different_times() -> None:
     """On a GPU one rank knows its times an iteration later than another."""
     job = Job()
-    job.beat(lambda rank, b: b._replace(timed=float(NONE)) if rank == 1 else b)
-    for _ in range(2):
-        job.beat(lambda rank, b: b._replace(timed=b.timed - 1, counted=b.counted - 1) if rank == 1 else b)
-    assert job.coordination.phase is Phase.WARM_UP
-    job.beat(lambda rank, b: b._replace(timed=b.timed - 1) if rank == 1 else b)
-    assert job.coordination.phase is Phase.PROFILE
+    for iteration in range(4):
+        of_now, of_before = job.times(iteration)[0], job.times(iteration - 1)[1]
+        job.tell(of_now, *([of_before] if iteration else []))
+        job.conclude()
+        assert job.decisions.phase is (Phase.WARM_UP if iteration < 3 else Phase.PROFILE)
+
+
+def test_what_is_told_twice_counts_once() -> None:
+    """A rank that cannot be sure to have been heard tells it again, in another round."""
+    job = Job()
+    for iteration in range(2):
+        told = [*job.times(iteration), *job.energies(iteration)]
+        for _ in range(3):
+            job.tell(*told, *told)
+            job.conclude()
+    assert job.decisions.phase is Phase.WARM_UP
+    job.tell(*job.times(0), *job.times(1), *job.times(2, span_s=2.0), *job.times(2, span_s=2.0))
+    job.conclude()
+    assert job.decisions.baseline is not None
+    assert job.decisions.baseline.time_s == 1.5
+
+
+def test_an_iteration_that_one_rank_leaves_out_is_left_out() -> None:
+    """It could not be measured there. Those after it count as ever."""
+    job = Job()
+    job.iterate()
+    job.tell(job.times(1)[0])
+    job.iteration = 2
+    job.iterate()
+    assert job.decisions.phase is Phase.WARM_UP
+    job.iterate()
+    assert job.decisions.baseline == Baseline(8, 1.0, 200.0)
+
+
+def test_a_rank_that_never_tells_holds_decisions_up_and_memory_down() -> None:
+    """Iterations of which one rank says nothing wait for it, but not all of them."""
+    job = Job()
+    held = []
+    for iteration in range(500):
+        job.tell(job.times(iteration)[0], job.energies(iteration)[0])
+        job.conclude()
+        held.append(len(job.table.times._pending) + len(job.table.energies_j._pending))
+    assert job.decisions.phase is Phase.WARM_UP
+    assert max(held) == held[-1] < 200
+
+
+def test_energies_are_not_remembered_for_ever() -> None:
+    """A job may run for months."""
+    job = Job(Limits(True, 1, 2, 2, 0.01))
+    for _ in range(1500):
+        job.iterate()
+    assert len(job.decisions._energy_of) <= 1001
+    assert job.decisions.iteration_energy_j([3]) is None
+    assert job.decisions.iteration_energy_j([job.iteration - 1, 10**6]) == 200.0
 
 
 def test_a_number_of_microbatches_that_comes_often_gets_its_own_plan() -> None:
     """As in a batch size ramp-up."""
     job = profiled_job()
-    wanted = [job.beat(num_microbatches=4).wanted_microbatches for _ in range(12)]
+    wanted = [job.iterate(num_microbatches=4).wanted_microbatches for _ in range(12)]
     assert sorted(wanted) == [0] * 11 + [4]
+
+
+def test_a_plan_for_another_number_of_microbatches_is_not_the_one_to_be_judged() -> None:
+    """Iterations of the usual number are judged as before, by their own plan."""
+    job = profiled_job()
+    job.run_plan(2, num_microbatches=4)
+    verdicts = [job.iterate(num_microbatches=4, span_s=9.0).verdict for _ in range(4)]
+    assert verdicts == [None] * 4
+    judged = [job.iterate(span_s=1.1).verdict for _ in range(4)]
+    assert [verdict.is_slow for verdict in judged if verdict is not None] == [False, True]
+
+
+def test_a_plan_is_applied_when_the_one_that_runs_is_another() -> None:
+    """Whatever made it: a policy, a straggler elsewhere; the same plan is not applied twice."""
+    job = profiled_job()
+    assert job.conclude().applied == 0
+    job.run_plan(2)
+    assert (job.decisions.phase, job.decisions.plan) == (Phase.RUN, 2)
+
+
+def _story(job: Job) -> list[tuple[Any, ...]]:
+    """What is decided while a job is measured, planned, throttled, corrected, rechecked and ended."""
+    seen: list[tuple[Any, ...]] = []
+
+    def look(conclusions: Conclusions) -> None:
+        slow = conclusions.slow_rank
+        decisions = job.decisions
+        seen.append(
+            (
+                decisions.phase,
+                decisions.from_iteration,
+                decisions.baseline,
+                decisions.collection,
+                decisions.reason,
+                decisions.plan,
+                None if slow is None else (slow.stage, slow.iteration, slow.seen_s, slow.throttled),
+                replace(conclusions, slow_rank=None, aside=bool(conclusions.aside)),
+            )
+        )
+
+    for _ in range(3):
+        look(job.iterate(lambda rank, told: told._replace(span_s=1.0 + 0.1 * rank, energy_j=70.3 + 0.7 * rank)))
+    job.change_state(swept=True)
+    look(job.conclude())
+    look(job.collect())
+    job.run_plan()
+    for _ in range(4):
+        look(job.iterate(hot))
+    look(job.collect())
+    job.run_plan(2)
+    for number in (3, 4):
+        for _ in range(4):
+            look(job.iterate(span_s=1.1))
+        look(job.collect())
+        job.run_plan(number)
+    for _ in range(4 + 1):
+        look(job.iterate(span_s=1.1))
+    for _ in range(3):
+        look(job.iterate(span_s=1.06, energy_j=71.9))
+    job.change_state(2, failed=True)
+    look(job.iterate())
+    return seen
+
+
+def test_a_job_of_16384_ranks_is_decided_as_one_of_four_where_all_are_alike() -> None:
+    """To the last digit: nothing depends on how many tell the same."""
+    few, many = (_story(Job(stages=(0, 1, 2, 3), ranks_alike=alike)) for alike in (1, 4096))
+    assert few == many
+    assert {seen[0] for seen in few} == set(Phase) - {Phase.OPENING, Phase.MEASURE_ONLY}

@@ -1,0 +1,138 @@
+"""Is a GPU slower than its profile, or fast again?"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perseus_core.runtime.ranks.speed_watch import SlowRank, SpeedWatch
+
+
+class Watched:
+    """Ranks of two stages, two of each, of which every iteration 1 s is expected."""
+
+    def __init__(self) -> None:
+        self.watch = SpeedWatch(np.array([0, 0, 1, 1], np.int32), threshold=0.05)
+        self._iterations = count()
+
+    def note(self, *seen_s: float, held: int | None = None, expected_s: float = 1.0) -> SlowRank | None:
+        throttled = [rank == held for rank in range(4)]
+        return self.watch.note(next(self._iterations), seen_s, [expected_s] * 4, throttled)
+
+    def until_changed(self, *seen_s: float, held: int | None = None) -> int:
+        """How many iterations it takes."""
+        for number in range(1, 1000):
+            self.note(*seen_s, held=held)
+            if self.watch.has_changed:
+                return number
+        raise AssertionError("it never changed")
+
+
+def test_the_slowest_rank_is_named_with_what_it_took() -> None:
+    """All that a line in the log needs."""
+    slow = Watched().note(1.0, 1.06, 1.0, 1.25, held=3)
+    assert slow == SlowRank(rank=3, stage=1, iteration=0, seen_s=1.25, expected_s=1.0, throttled=True)
+    assert slow.slowness == 0.25
+
+
+def test_a_slow_rank_is_named_once_until_it_was_fast_again() -> None:
+    """One that comes back is worth another line."""
+    job = Watched()
+    assert job.note(1.3, 1.0, 1.0, 1.0) is not None
+    assert job.note(1.3, 1.0, 1.0, 1.0) is None
+    assert job.watch.slow_ranks == (0,)
+    assert job.note(1.0, 1.0, 1.0, 1.0) is None
+    assert job.watch.slow_ranks == ()
+    assert job.note(1.3, 1.0, 1.0, 1.0) is not None
+
+
+def test_a_second_slow_rank_is_named_when_it_is_the_slowest() -> None:
+    """Both are slow then."""
+    job = Watched()
+    job.note(1.3, 1.0, 1.0, 1.0)
+    second = job.note(1.3, 1.0, 1.4, 1.0)
+    assert second is not None and second.rank == 2
+    assert job.watch.slow_ranks == (0, 2)
+
+
+def test_where_nothing_is_expected_nobody_is_slow() -> None:
+    """Without a plan there is nothing to compare with. What was known before stays known."""
+    job = Watched()
+    job.note(1.3, 1.0, 1.0, 1.0)
+    assert job.note(9.0, 9.0, 9.0, 9.0, expected_s=0.0) is None
+    assert job.watch.slow_ranks == (0,)
+    assert not job.watch.has_changed
+
+
+def test_three_iterations_in_a_row_are_enough_where_the_gpu_says_why() -> None:
+    """Nine where anything may have disturbed it."""
+    assert Watched().until_changed(1.0, 1.0, 1.3, 1.0, held=2) == 3
+    assert Watched().until_changed(1.0, 1.0, 1.3, 1.0) == 9
+    assert Watched().until_changed(1.0, 1.0, 1.3, 1.0, held=0) == 9, "that one is of another stage"
+
+
+def test_a_stage_that_is_faster_than_expected_changes_plans_too() -> None:
+    """It has become fast again; one rank that is fast alone is no sign, since the slowest is what is expected."""
+    assert Watched().until_changed(0.9, 0.9, 1.0, 1.0) == 9
+    job = Watched()
+    for _ in range(50):
+        job.note(0.8, 1.0, 1.0, 1.0)
+        assert not job.watch.has_changed
+
+
+@pytest.mark.parametrize("between", ["as expected", "nothing to tell"])
+def test_what_comes_between_begins_the_row_anew(between: str) -> None:
+    """Only what lasts is planned for."""
+    job = Watched()
+    for _ in range(20):
+        for _ in range(2):
+            job.note(1.3, 1.0, 1.0, 1.0, held=0)
+            assert not job.watch.has_changed
+        if between == "as expected":
+            job.note(1.0, 1.0, 1.0, 1.0)
+        else:
+            job.watch.skip()
+
+
+def test_patience_doubles_with_each_reaction_up_to_a_limit() -> None:
+    """A GPU that comes and goes should not keep all others busy."""
+    job = Watched()
+    needed = []
+    for _ in range(9):
+        needed.append(job.until_changed(1.3, 1.0, 1.0, 1.0, held=0))
+        job.watch.react()
+        assert not job.watch.has_changed
+    assert needed == [3, 6, 12, 24, 48, 96, 192, 200, 200]
+
+
+def test_with_another_plan_nobody_is_slow_yet() -> None:
+    """What is expected has changed; patience has not."""
+    job = Watched()
+    job.until_changed(1.3, 1.0, 1.0, 1.0, held=0)
+    job.watch.react()
+    job.watch.forget()
+    assert (job.watch.slow_ranks, job.watch.has_changed) == ((), False)
+    assert job.until_changed(1.3, 1.0, 1.0, 1.0, held=0) == 6
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.floats(0.8, 1.3), min_size=4, max_size=4), st.integers(0, 4)), max_size=40),
+    st.permutations(range(4)),
+)
+def test_the_numbers_of_the_ranks_do_not_matter(story: list[tuple[list[float], int]], order: list[int]) -> None:
+    """Renumbered, the same GPUs are slow, and the same follows at the same time."""
+    stages = np.array([0, 0, 1, 1], np.int32)
+    places = np.array(order)
+    watch, renumbered = SpeedWatch(stages, 0.05), SpeedWatch(stages[places], 0.05)
+    for iteration, (seen_s, held) in enumerate(story):
+        seen, throttled = np.array(seen_s), np.arange(4) == held
+        watch.note(iteration, seen, np.ones(4), throttled)
+        renumbered.note(iteration, seen[places], np.ones(4), throttled[places])
+        assert watch.has_changed == renumbered.has_changed
+        if len(set(seen_s)) == 4:  # the slowest is one
+            assert set(watch.slow_ranks) == {order[rank] for rank in renumbered.slow_ranks}
