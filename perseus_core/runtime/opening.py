@@ -16,8 +16,7 @@ from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, Metric, logger, show_log
 from perseus_core.runtime.measure.events import EventSource, HostEvents
 from perseus_core.runtime.measure.profile_cache import ProfileCache
-from perseus_core.runtime.ranks import records
-from perseus_core.runtime.ranks.conversation import round_key
+from perseus_core.runtime.ranks.conversation import Conversation
 from perseus_core.runtime.ranks.records import RankState
 from perseus_core.runtime.ranks.store import LocalStore, Store, StoreError, job_store
 from perseus_core.runtime.replan.background_planner import BackgroundPlanner
@@ -93,9 +92,20 @@ def tell_failed(store: Store | None = None) -> None:
     try:
         import torch.distributed as dist
 
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            store = store or _next_store(dist.get_world_size())
-            store.append(round_key(0), records.state(dist.get_rank(), RankState(ready=True, failed=True)))
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        conversation = Conversation(
+            store or _next_store(world_size),
+            OwnThreads(),
+            rank=rank,
+            world_size=world_size,
+            stage=0,
+            data_parallel_rank=0,
+            iteration=lambda: 0,
+        )
+        conversation.leave(RankState(ready=True, failed=True))
+        conversation.start()
     except Exception as error:
         logger.debug("the other ranks cannot be told", exc_info=error)
 

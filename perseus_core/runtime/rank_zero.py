@@ -1,7 +1,7 @@
 """What only rank 0 does, in a side thread: it reads what all ranks tell, decides, and publishes orders and plans.
 
-About once a second (more often in small jobs) it opens the next round, reads all records of the one before the last in
-one go, and works on them as arrays. Whatever follows is published with the iteration from which it holds, far enough
+About once a second (more often in small jobs) it opens the next round, reads all records of one some rounds ago in one
+go, and works on them as arrays. Whatever follows is published with the iteration from which it holds, far enough
 ahead that every rank hears of it before.
 """
 
@@ -22,6 +22,7 @@ from perseus_core.runtime.ranks.conversation import (
     report_key,
     round_key,
     round_period_s,
+    rounds_kept_open,
 )
 from perseus_core.runtime.ranks.decisions import Conclusions, Decisions, Limits
 from perseus_core.runtime.ranks.job_table import JobTable
@@ -40,6 +41,7 @@ _OPENING_LIMIT_S = 10.0
 # of each other by an iteration or two.
 _ROUNDS_TO_BE_HEARD = 2
 _MOST_ITERATIONS_APART = 2
+_ROUNDS_UNTIL_GONE = 16
 # A rank that trains tells something at every iteration.
 _SILENT_ITERATIONS = 50
 _SILENT_S = 30.0
@@ -85,6 +87,7 @@ class RankZero:
         self._reporter = reporter
         self._iteration = iteration
         self._period_s = round_period_s(world_size)
+        self._rounds_open = rounds_kept_open(world_size)
         self._opened_s = threads.now_s()
         self._table = JobTable(world_size)
         self._decisions: Decisions | None = None
@@ -128,6 +131,7 @@ class RankZero:
 
     def _work(self) -> float | None:
         now_s = self._threads.now_s()
+        self._progress.append((now_s, self._iteration()))
         if self._leaving:
             self._step_aside(0 if self._failing else self._soonest(now_s) + 16)
             return None
@@ -140,12 +144,14 @@ class RankZero:
         return None if self._order.phase is Phase.STEPPED_ASIDE else self._period_s
 
     def _read_round(self, now_s: float) -> None:
-        before_last = round_key(self._news.round - 1)
         self._tell_news(self._news._replace(round=self._news.round + 1))
-        content = self._store.read(before_last)
+        closed = self._news.round - self._rounds_open - 1
+        content = self._store.read(round_key(closed))
         if content is not None:
-            self._store.delete(before_last)
+            self._store.delete(round_key(closed))
             self._table.take_in(as_records(content), now_s)
+        # What came to a round too late will be told again; nobody reads it there.
+        self._store.delete(round_key(closed - _ROUNDS_UNTIL_GONE))
 
     def _open(self, now_s: float) -> float | None:
         table = self._table
@@ -153,7 +159,7 @@ class RankZero:
         given_up = table.ranks_with(StateFlag.FAILED)
         in_vain = now_s - self._opened_s > _OPENING_LIMIT_S or bool(table.present.all())
         if given_up or (absent and in_vain):
-            if absent:
+            if not given_up:  # those have said why
                 self._announcer.warn(
                     "%s no session of this version: perseus is missing, switched off, failed or another one there; "
                     "training goes on without it",
@@ -264,7 +270,6 @@ class RankZero:
     def _soonest(self, now_s: float) -> int:
         """The first iteration that all ranks will have heard of an order before, if it is given now."""
         iteration = self._iteration()
-        self._progress.append((now_s, iteration))
         then_s, then = self._progress[0]
         per_s = (iteration - then) / (now_s - then_s) if now_s > then_s else 0.0
         return iteration + _MOST_ITERATIONS_APART + math.ceil(_ROUNDS_TO_BE_HEARD * self._period_s * per_s)

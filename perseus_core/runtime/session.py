@@ -106,9 +106,9 @@ class Session:
             world_size=job.world_size,
             stage=job.stage,
             data_parallel_rank=job.data_parallel_rank,
+            iteration=lambda: self._iteration,
             wants_figures=announcer.has_metric,
         )
-        self._store = store
         self._reporter = Reporter(announcer, settings.log_interval)
         self._rank_zero: RankZero | None = None
         if job.rank == 0:
@@ -430,7 +430,7 @@ class Session:
     def _say(self, error: Exception) -> None:
         """A failure of one rank is said there; one that all ranks have at the same time by one of them."""
         rank = self._job.rank
-        if isinstance(error, RankZeroUnheard) and not self._store.is_first("unheard"):
+        if isinstance(error, RankZeroUnheard) and not error.is_first:
             return
         # Where the store is gone nobody can agree on who speaks. Rank 0 may be gone with it.
         if isinstance(error, StoreError) and rank > 1:

@@ -119,7 +119,7 @@ class Cluster:
         make_session: MakeSession = real_session,
         absent_ranks: Collection[int] = (),
         schedule: Callable[[int, int], Schedule] = one_f_one_b,
-        profile: str = "gpt3-175b_a100_8stages.csv",
+        profile: Profile | str = "gpt3-175b_a100_8stages.csv",
         gpus: str = "a100.json",
         time_scale: float = 0.25,
         tail_share: float = 0.05,
@@ -137,7 +137,7 @@ class Cluster:
             make_session: makes one rank's session.
             absent_ranks: those that never open one.
             schedule: of a number of stages and of microbatches.
-            profile: file of `configs/profiles` that the GPUs follow; its stages are spread over the job's.
+            profile: that the GPUs follow, or a file of `configs/profiles`; its stages are spread over the job's.
             gpus: file of `configs/gpus` that describes them.
             time_scale: multiplies the profile's times and energies.
             tail_share: from the last instruction's end to the iteration's, as a share of one stage's work.
@@ -151,7 +151,9 @@ class Cluster:
         self.log: list[Said] = []
         self._random = random.Random(seed)
         plan = schedule(stages, microbatches)
-        models = _stage_models(plan, _CONFIGS / "gpus" / gpus, _CONFIGS / "profiles" / profile, time_scale)
+        if isinstance(profile, str):
+            profile = Profile.load(_CONFIGS / "profiles" / profile)
+        models = _stage_models(plan, Description.load(_CONFIGS / "gpus" / gpus), profile, time_scale)
         work_s = max(sum(model.times_s[0]) for model in models) * microbatches
         self.job = VirtualJob(
             self.queue, plan, tail_s=tail_share * work_s, time_noise=time_noise, random_numbers=self._random
@@ -353,6 +355,10 @@ class _SlowStore:
         self._take_time()
         self._store.delete(key)
 
+    def is_first(self, key: str) -> bool:
+        self._take_time()
+        return self._store.is_first(key)
+
     def _take_time(self) -> None:
         if self._delays_s:
             self._threads.spend(self._delays_s.get(self._threads.rank, 0.0))
@@ -370,13 +376,14 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _stage_models(schedule: Schedule, gpus: Path, profile: Path, time_scale: float) -> list[StageModel]:
+def _stage_models(
+    schedule: Schedule, description: Description, profile: Profile, time_scale: float
+) -> list[StageModel]:
     """The job's stages behave like the profile's, from the first to the last, however many there are."""
-    description, measured = Description.load(gpus), Profile.load(profile)
-    num_stages, last = measured.num_stages, max(1, schedule.num_stages - 1)
+    num_stages, last = profile.num_stages, max(1, schedule.num_stages - 1)
     models = []
     for stage in range(schedule.num_stages):
         like = round(stage * (num_stages - 1) / last)
         types = [t._replace(stage=like) for t in instruction_types(schedule, stage)]
-        models.append(StageModel.of(description, measured, types, time_scale=time_scale))
+        models.append(StageModel.of(description, profile, types, time_scale=time_scale))
     return models

@@ -126,7 +126,7 @@ def test_the_counter_moves_once_a_period_to_the_exact_energy() -> None:
     """Here an idle GPU's, without noise: between two moves lies one period of its power."""
     rig = Rig()
     (gpu,) = rig.gpus
-    seen = {}
+    seen: dict[float, float] = {}
     for tick in range(1, 2000):
         rig.until(tick / 1000)
         seen.setdefault(gpu.total_energy_j(), tick / 1000)
@@ -175,12 +175,8 @@ def test_an_iteration_takes_what_the_planner_says(schedule: Callable[[int, int],
     """Time and energy of four stages at one clock, by events here and by the critical path there."""
     profile = Profile.load(CONFIGS / "profiles/gpt3-6.7b_a100_4stages.csv")
     if schedule is zb_h1:
-        profile = profile.with_split_backward() if hasattr(profile, "with_split_backward") else profile
-        if InstructionType(0, 0, Kind.BACKWARD_INPUT) not in profile.types:
-            pytest.skip("the profile has no split backwards")
-    cluster = without_sessions(
-        4, schedule=schedule, profile="gpt3-6.7b_a100_4stages.csv", time_scale=1.0, tensor_parallel=2
-    )
+        profile = profile.with_split_backward()
+    cluster = without_sessions(4, schedule=schedule, profile=profile, time_scale=1.0, tensor_parallel=2)
     for rank in cluster.ranks:
         rank.gpu.throttle(clock_mhz)
     cluster.run_iterations(3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from perseus_core.gpu.device import ThrottleReason
@@ -107,6 +107,7 @@ class VirtualGpu:
     for the slowest.
 
     Attributes:
+        model: how the GPUs of its stage behave.
         threads: of the rank that uses it; its calls take their time.
         on_change: called when instructions begin to take another time.
         lock_call_s: how long a call that sets the clock takes.
@@ -129,11 +130,11 @@ class VirtualGpu:
         self.uuid = f"GPU-{threads.rank:08d}"
         self.name = name
         self.threads = threads
-        self.on_change = lambda: None
+        self.on_change: Callable[[], None] = lambda: None
         self.lock_call_s = 0.01
         self.num_lock_calls = 0
         self.slowdown = 1.0
-        self._model = model
+        self.model = model
         self._work = work
         self._random = random_numbers
         self._noise = noise
@@ -157,7 +158,7 @@ class VirtualGpu:
 
     def supported_clocks_mhz(self) -> tuple[int, ...]:
         """See `Device`."""
-        return self._model.clocks_mhz
+        return self.model.clocks_mhz
 
     def sm_clock_mhz(self) -> int:
         """See `Device`."""
@@ -167,11 +168,11 @@ class VirtualGpu:
         for in_force_s, asked in self._asked:
             if in_force_s <= now_s:
                 place = asked
-        return self._model.clocks_mhz[max(place, self._highest_clock)]
+        return self.model.clocks_mhz[max(place, self._highest_clock)]
 
     def lock_clock(self, clock_mhz: int) -> None:
         """See `Device`."""
-        self._ask_for(clock_index_at_most(self._model.gpu, clock_mhz))
+        self._ask_for(clock_index_at_most(self.model.gpu, clock_mhz))
         self.num_lock_calls += 1
 
     def reset_clock(self) -> None:
@@ -180,7 +181,7 @@ class VirtualGpu:
 
     def power_limit_w(self) -> float:
         """See `Device`."""
-        return max(self._model.powers_w[0])
+        return max(self.model.powers_w[0])
 
     def set_power_limit(self, limit_w: float) -> None:
         """See `Device`."""
@@ -231,7 +232,7 @@ class VirtualGpu:
 
     def throttle(self, clock_mhz: int | None) -> None:
         """From now on heat allows no higher clock; None: any."""
-        place = 0 if clock_mhz is None else clock_index_at_most(self._model.gpu, clock_mhz)
+        place = 0 if clock_mhz is None else clock_index_at_most(self.model.gpu, clock_mhz)
         self._change(highest_clock=place)
 
     def slow_down(self, factor: float) -> None:
@@ -255,7 +256,7 @@ class VirtualGpu:
     def _ask_for(self, place: int) -> None:
         if self._fault is not None:
             raise self._fault
-        in_force_s = self.threads.now_s() + self._model.gpu.clock_latency_s
+        in_force_s = self.threads.now_s() + self.model.gpu.clock_latency_s
         in_force_s += self._noise.latency_s * self._random.random()
         if self._asked:
             in_force_s = max(in_force_s, self._asked[-1][0])
@@ -286,8 +287,8 @@ class VirtualGpu:
 
     def _use_clock(self, place: int) -> None:
         self._clock = place
-        self._durations_s = tuple(self.slowdown * time_s for time_s in self._model.times_s[place])
-        self._powers_w = tuple(self._power_factor * power_w for power_w in self._model.powers_w[place])
+        self._durations_s = tuple(self.slowdown * time_s for time_s in self.model.times_s[place])
+        self._powers_w = tuple(self._power_factor * power_w for power_w in self.model.powers_w[place])
 
     # Energy
 

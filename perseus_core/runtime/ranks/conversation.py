@@ -8,14 +8,16 @@ The side thread, about once a second (more often in small jobs):
 2. appends what is new to the key of the present round; a rank with nothing new appends nothing;
 3. fetches what it does not have yet: the order, a plan that is offered, figures.
 
-Nothing is lost: rank 0 reads a round when the next one has been open for a while, and opens one more before it does. So
-a rank that has appended to a round, and after that finds no more than the next one open, knows that its records will be
-read; else it tells them again.
+Nothing is lost: rank 0 reads a round when some later ones have been opened (`rounds_kept_open`). So a rank that has
+appended to a round, and after that finds no more than these open, knows that its records will be read; else it tells
+them again.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 from perseus_core.errors import PerseusError
@@ -32,13 +34,27 @@ NEWS, ORDER, FIGURES = "news", "order", "figures"
 _TALKS_PER_S = 4096
 _SHORTEST_PERIOD_S = 0.05
 _LONGEST_PERIOD_S = 1.0
+_ROUND_OPEN_S = 0.15
 _RANKS_PER_REPORT_KEY = 512
-# Rank 0 is at the same place of training. If it has said nothing by then, it does not take part.
+# Rank 0 is at the same place of training. If it has said nothing by then, and two more iterations have begun here, it
+# does not take part.
 RANK_ZERO_LIMIT_S = 10.0
+_RANK_ZERO_ITERATIONS = 2
+# Records that are told again and again, because this thread is always late, are worth no more than this.
+_MOST_UNCONFIRMED_BYTES = 2048 * records.RECORD.itemsize
 
 
 class RankZeroUnheard(PerseusError):  # noqa: N818 (named by what happened)
-    """Rank 0 has said nothing."""
+    """Rank 0 has said nothing.
+
+    Attributes:
+        is_first: no other rank has noticed it before.
+    """
+
+    def __init__(self, *, is_first: bool) -> None:
+        """`is_first`: no other rank has noticed it before."""
+        super().__init__("rank 0 has not opened a session: perseus is missing, switched off or failed there")
+        self.is_first = is_first
 
 
 def talking_period_s(world_size: int) -> float:
@@ -49,6 +65,11 @@ def talking_period_s(world_size: int) -> float:
 def round_period_s(world_size: int) -> float:
     """How long a round lasts: a little longer than a talk, so that none is missed between two talks."""
     return 1.25 * talking_period_s(world_size)
+
+
+def rounds_kept_open(world_size: int) -> int:
+    """How many rounds rank 0 opens after one before it reads it: time for a thread that comes late."""
+    return math.ceil(_ROUND_OPEN_S / round_period_s(world_size))
 
 
 def round_key(number: int) -> str:
@@ -84,6 +105,7 @@ class Conversation:
         world_size: int,
         stage: int,
         data_parallel_rank: int,
+        iteration: Callable[[], int],
         wants_figures: bool = False,
     ) -> None:
         """Says that this rank takes part, as soon as `start` is called.
@@ -94,6 +116,7 @@ class Conversation:
             rank, world_size: in the job.
             stage: of the pipeline.
             data_parallel_rank: which pipeline.
+            iteration: how many iterations have begun here.
             wants_figures: whether to fetch figures, too.
         """
         self.order = Order()
@@ -103,11 +126,13 @@ class Conversation:
         self._threads = threads
         self._rank = rank
         self._stage = stage
+        self._iteration = iteration
         self._wants_figures = wants_figures
+        self._rounds_open = rounds_kept_open(world_size)
         self._period_s = talking_period_s(world_size)
         self._opened_s = threads.now_s()
         self._thread: SideThread | None = None
-        self._news = News()
+        self._figures_number = 0
         self._new: deque[bytes] = deque([records.hello(rank, stage, data_parallel_rank)])
         self._reports: deque[tuple[int, bytes]] = deque()
         self._state = RankState()
@@ -166,23 +191,34 @@ class Conversation:
 
     def _talk(self) -> float | None:
         leaving = self._leaving
-        content = self._store.read(NEWS)
-        news = self._news if content is None else News.decode(content)
-        if news.round <= self._appended_to + 1:
-            self._unconfirmed = b""
+        news = self._look()
+        was_late = bool(self._unconfirmed)
         self._send_reports()
-        is_all_told = self._append_what_is_new(news.round)
-        if leaving and is_all_told:
+        if not self._append_what_is_new(news.round) and leaving:
             return None
+        if was_late:
+            news = self._look()  # sooner than after a whole period
         if news.order > self.order.number and (content := self._store.read(ORDER)) is not None:
             self.order = Order.decode(content)
         self._fetch_plan(self.order)
-        if self._wants_figures and news.figures != self._news.figures:
+        if self._wants_figures and news.figures != self._figures_number:
+            self._figures_number = news.figures
             self.figures = self._store.read(FIGURES) or b""
-        self._news = news
-        if not self.order.number and self._threads.now_s() - self._opened_s > RANK_ZERO_LIMIT_S:
-            raise RankZeroUnheard("rank 0 has not opened a session: perseus is missing, switched off or failed there")
+        if not self.order.number:
+            self._look_for_rank_zero()
         return 0.0 if leaving else self._period_s
+
+    def _look(self) -> News:
+        content = self._store.read(NEWS)
+        news = News() if content is None else News.decode(content)
+        if news.round <= self._appended_to + self._rounds_open:
+            self._unconfirmed = b""
+        return news
+
+    def _look_for_rank_zero(self) -> None:
+        is_over = self._threads.now_s() - self._opened_s > RANK_ZERO_LIMIT_S
+        if is_over and self._iteration() >= _RANK_ZERO_ITERATIONS:
+            raise RankZeroUnheard(is_first=self._store.is_first("unheard"))
 
     def _send_reports(self) -> None:
         while self._reports:
@@ -191,7 +227,7 @@ class Conversation:
             self._reported = collection
 
     def _append_what_is_new(self, round_number: int) -> bool:
-        """Returns whether everything was told before, and surely read."""
+        """Returns whether there was anything."""
         new = [self._unconfirmed]
         while self._new:
             new.append(self._new.popleft())
@@ -199,12 +235,12 @@ class Conversation:
         if state != self._told_state:
             self._told_state = state
             new.append(records.state(self._rank, state))
-        self._unconfirmed = b"".join(new)
+        self._unconfirmed = b"".join(new)[-_MOST_UNCONFIRMED_BYTES:]
         if not self._unconfirmed:
-            return True
+            return False
         self._store.append(round_key(round_number), self._unconfirmed)
         self._appended_to = round_number
-        return False
+        return True
 
     def _fetch_plan(self, order: Order) -> None:
         if not order.offered or order.offered == self._received:

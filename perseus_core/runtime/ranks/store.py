@@ -24,7 +24,11 @@ class StoreError(PerseusError):
 
 
 class Store(Protocol):
-    """Keys and values that all ranks see. No call waits for another rank."""
+    """Keys and values that all ranks see. No call waits for another rank.
+
+    Calls of one rank take effect in their order; those of different ranks need not, since `set` and `append` are not
+    answered.
+    """
 
     def append(self, key: str, value: bytes) -> None:
         """Adds to the end of a key's value."""

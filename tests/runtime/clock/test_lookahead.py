@@ -96,3 +96,18 @@ def test_slow_parts_shorter_than_a_change_are_not_slowed(planned: list[tuple[int
     result = without_short_slow_parts(plan, LATENCY_S)
     assert [p.clock_mhz for p in result] == adapted
     assert [p.duration_s for p in result] == [p.duration_s for p in plan]
+
+
+def test_instructions_at_one_clock_are_passed_over() -> None:
+    """Up to the one after which another clock follows, or to the last; so much time at most, as planned."""
+    lookahead = following(500, 500, 500, 900, 900)
+    assert lookahead.num_begins_to_pass_over(1.0) == 2
+    lookahead.begin_instruction(10.0)
+    assert lookahead.num_begins_to_pass_over(1.0) == 1
+    assert lookahead.num_begins_to_pass_over(0.04) == 0
+    for _ in range(2):
+        lookahead.begin_instruction(10.0)
+    assert lookahead.num_begins_to_pass_over(1.0) == 1
+    for _ in range(2):
+        lookahead.begin_instruction(10.0)
+    assert lookahead.num_begins_to_pass_over(1.0) == 0

@@ -1,0 +1,63 @@
+"""How long a change takes, on a clock and in a time that the test moves."""
+
+from __future__ import annotations
+
+import pytest
+
+from perseus_core.runtime.clock.switch_latency import LOOK_EVERY_S, SwitchLatency
+
+
+class SlowClock:
+    """A clock whose changes show after some time. Only what `SwitchLatency` uses of a `SettableClock`."""
+
+    def __init__(self, latency_s: float) -> None:
+        self.now_s = 100.0
+        self.latency_s = latency_s
+        self._changes = [(0.0, 1410)]
+
+    def lock(self, clock_mhz: int) -> None:
+        self._changes.append((self.now_s + self.latency_s, clock_mhz))
+
+    def sm_clock_mhz(self) -> int:
+        return [clock_mhz for in_force_s, clock_mhz in self._changes if in_force_s <= self.now_s][-1]
+
+
+def watched(clock: SlowClock, latency: SwitchLatency, clock_mhz: int) -> int:
+    """Changes the clock and looks as often as is asked for; returns how often."""
+    latency.lock(clock, clock_mhz)  # type: ignore[arg-type]
+    looks = 0
+    while latency.is_watching:
+        clock.now_s += LOOK_EVERY_S
+        latency.look(clock)  # type: ignore[arg-type]
+        looks += 1
+    clock.now_s += 1.0
+    return looks
+
+
+def test_three_changes_give_the_latency() -> None:
+    """Until then it is the assumed one."""
+    clock = SlowClock(0.03)
+    latency = SwitchLatency(0.015, lambda: clock.now_s)
+    for clock_mhz in (900, 1200):
+        watched(clock, latency, clock_mhz)
+        assert latency.seconds == 0.015
+    watched(clock, latency, 900)
+    assert latency.seconds == pytest.approx(0.03, abs=2 * LOOK_EVERY_S)
+
+
+def test_a_change_that_does_not_show_does_not_count() -> None:
+    """Power or heat holds the clock elsewhere; after a tenth of a second nobody waits for it any more."""
+    clock = SlowClock(3600.0)
+    latency = SwitchLatency(0.015, lambda: clock.now_s)
+    for clock_mhz in (900, 1200, 900):
+        assert watched(clock, latency, clock_mhz) == pytest.approx(0.1 / LOOK_EVERY_S, abs=2)
+    assert latency.seconds == 0.015
+
+
+def test_few_changes_are_watched() -> None:
+    """The first ones, and one in two hundred; a change to the clock that is in force shows nothing."""
+    clock = SlowClock(0.01)
+    latency = SwitchLatency(0.015, lambda: clock.now_s)
+    assert watched(clock, latency, 1410) == 0
+    num_watched = sum(watched(clock, latency, (900, 1200)[i % 2]) > 0 for i in range(399))
+    assert num_watched == 4 + 2
