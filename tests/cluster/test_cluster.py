@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,20 +18,21 @@ from perseus_core.planning.execution import execute
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind, Schedule, one_f_one_b, zb_h1
+from perseus_core.runtime.measure.sampler import EnergySampler
 from perseus_core.runtime.settings import Settings
 from tests.cluster.cluster import Cluster
 from tests.cluster.virtual_gpu import OUTSIDE, WAITING, GpuNoise, StageModel, VirtualGpu, Work
 from tests.cluster.virtual_threads import EventQueue, VirtualThreads
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-EXACT = GpuNoise(power=0.0, counter=0.0, latency_s=0.0)
+EXACT = GpuNoise(power=0.0, counter=0.0, latency_s=0.0, moves_s=0.0)
 FORWARD, BACKWARD = 1, 0  # as `instruction_types` numbers them
 
 
 class Rig:
-    """One tensor-parallel group of exact GPUs that do what the test says."""
+    """One tensor-parallel group of GPUs, exact by default, that do what the test says."""
 
-    def __init__(self, num_gpus: int = 1) -> None:
+    def __init__(self, num_gpus: int = 1, *, noise: GpuNoise = EXACT) -> None:
         self.queue = EventQueue()
         self.work = Work()
         description = Description.load(CONFIGS / "gpus/a100.json")
@@ -44,7 +46,7 @@ class Rig:
                 VirtualThreads(self.queue, rank),
                 name="GPU",
                 random_numbers=random.Random(rank),
-                noise=EXACT,
+                noise=noise,
             )
             for rank in range(num_gpus)
         ]
@@ -164,6 +166,34 @@ def test_a_gpu_refuses_and_is_lost() -> None:
         gpu.total_energy_j()
     gpu.mend()
     gpu.lock_clock(900)
+
+
+@pytest.mark.parametrize(("moves_s", "looks"), [(0.0, 4), (0.0005, 4), (0.002, 8)])
+def test_the_sampler_sees_each_move_when_it_comes(moves_s: float, looks: int) -> None:
+    """To a millisecond, nearly always, with few looks; the more the counter's moves scatter the more looks it takes."""
+    rig = Rig(noise=replace(EXACT, moves_s=moves_s))
+    (gpu,) = rig.gpus
+    num_looks = 0
+    count = gpu.total_energy_j
+
+    def look() -> float:
+        nonlocal num_looks
+        num_looks += 1
+        return count()
+
+    gpu.total_energy_j = look  # type: ignore[method-assign]
+    sampler = EnergySampler(gpu, threads=gpu.threads)
+    sampler.start()
+    rig.until(10.0)
+    num_looks = 0
+    rig.until(70.0)
+    readings = sampler.between(10.0, 70.0)
+    assert len(readings) == pytest.approx(600, abs=1)
+    assert num_looks <= looks * len(readings)
+    assert sum(reading.uncertainty_s < 0.0011 for reading in readings) >= 0.97 * len(readings)
+    waiting_w = rig.model.powers_w[0][WAITING]
+    for reading in readings:
+        assert reading.energy_j == pytest.approx(waiting_w * reading.time_s, abs=waiting_w * reading.uncertainty_s)
 
 
 # Pipelines

@@ -44,15 +44,21 @@ class Follower:
         self.controller.stop()
 
 
-def one_stage(plan_of: Callable[[Surroundings], Sequence[PlannedClock] | None], **options: object) -> Cluster:
+def one_stage(plan_of: Callable[[Surroundings], Sequence[PlannedClock] | None], *, tail_share: float = 0.05) -> Cluster:
     """One GPU that runs four microbatches one after another: forward, backward, forward, ..."""
 
     def make_session(rank: Surroundings) -> Follower:
         return Follower(rank, plan_of(rank))
 
     return Cluster(
-        seed=1, stages=1, microbatches=4, make_session=make_session, time_scale=1.0, time_noise=0.0, **options
-    )  # type: ignore[arg-type]
+        seed=1,
+        stages=1,
+        microbatches=4,
+        make_session=make_session,
+        time_scale=1.0,
+        time_noise=0.0,
+        tail_share=tail_share,
+    )
 
 
 def planned(rank: Surroundings, forward_mhz: int, backward_mhz: int) -> list[PlannedClock]:
@@ -85,38 +91,40 @@ def test_instructions_run_at_their_planned_clocks(forward_mhz: int, backward_mhz
         assert follower_of(cluster).controller.switch_latency_s == pytest.approx(0.015, abs=0.004)
 
 
-def test_a_plan_at_one_clock_is_one_lock_and_hardly_any_work() -> None:
+def test_a_plan_at_one_clock_is_one_lock_and_hardly_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a step of the side thread for each instruction: as long as nothing changes nothing has to be looked at."""
     with one_stage(lambda rank: planned(rank, SLOW, SLOW)) as cluster:
         cluster.run_iterations(4)
-        steps: list[float] = []
         controller = follower_of(cluster).controller
-        take = controller._take_what_was_reached
-        controller._take_what_was_reached = lambda: steps.append(cluster.queue.now_s) or take()  # type: ignore
+        num_steps = 0
+
+        def count_step(take: Callable[[], bool] = controller._take_what_was_reached) -> bool:
+            nonlocal num_steps
+            num_steps += 1
+            return take()
+
+        monkeypatch.setattr(controller, "_take_what_was_reached", count_step)
         cluster.run_iterations(10)
         assert controller.num_lock_calls == 1
-        assert len(steps) <= 4 * 10
+        assert num_steps <= 4 * 10
 
 
 def test_nothing_is_locked_before_it_is_guarded() -> None:
     """The side thread goes on meanwhile, and locks as soon as it may."""
     with one_stage(lambda rank: planned(rank, SLOW, FAST)) as cluster:
-        controller = follower_of_after(cluster, 0.3)
+        cluster.run_for(0.3)
+        controller = follower_of(cluster).controller
         assert controller.num_lock_calls == 0
         cluster.run_for(1.0)
         assert controller.num_lock_calls > 0
         assert controller.failure is None
 
 
-def follower_of_after(cluster: Cluster, seconds: float) -> ClockController:
-    cluster.run_for(seconds)
-    return follower_of(cluster).controller
-
-
 def test_what_is_held_stays_until_it_is_given_back() -> None:
     """At the end the clock is the driver's again, at once."""
     with one_stage(lambda rank: None) as cluster:
-        controller = follower_of_after(cluster, 1.0)
+        cluster.run_for(1.0)
+        controller = follower_of(cluster).controller
         controller.hold(SLOW)
         cluster.run_for(3.0)
         assert cluster.ranks[0].gpu.sm_clock_mhz() == SLOW

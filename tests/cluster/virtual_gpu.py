@@ -65,17 +65,19 @@ class StageModel:
 
 @dataclass(frozen=True)
 class GpuNoise:
-    """By how much GPUs and their counters differ, relative standard deviations.
+    """By how much GPUs and their counters differ from what they should be.
 
     Attributes:
-        power: of one GPU's power from that of its model.
-        counter: of the counter, of the energy of one of its periods.
+        power: of one GPU's power from that of its model, relative standard deviation.
+        counter: of the counter, of the energy of one of its periods, relative standard deviation.
         latency_s: the time until a clock is in force is longer by as much as this, evenly.
+        moves_s: the counter moves as much as this earlier or later than after whole periods, evenly.
     """
 
     power: float = 0.01
     counter: float = 0.005
     latency_s: float = 0.002
+    moves_s: float = 0.0005
 
 
 class Work:
@@ -151,7 +153,7 @@ class VirtualGpu:
         self._busy_until_s = -math.inf
         self._enter(0)
         self._period_s = model.gpu.counter_period_s
-        self._next_move_s = self._period_s * (1 + random_numbers.random())
+        self._usual_move_s = self._next_move_s = self._period_s * (1 + random_numbers.random())
         self._counter_j = self._counted_j = 0.0
 
     # As `Device`
@@ -298,7 +300,8 @@ class VirtualGpu:
             error_j = self._noise.counter * self._random.gauss(0, 1) * (self._energy_j - self._counted_j)
             self._counted_j = self._energy_j
             self._counter_j = max(self._counter_j, self._energy_j + error_j)
-            self._next_move_s += self._period_s
+            self._usual_move_s += self._period_s
+            self._next_move_s = self._usual_move_s + self._noise.moves_s * (2 * self._random.random() - 1)
 
     def _integrate(self, time_s: float) -> None:
         """Brings the exact energy up to a time, through all that was done since."""

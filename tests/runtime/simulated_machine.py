@@ -117,6 +117,7 @@ controller = ClockController(
 )
 controller.start()
 train_until(controller, lambda: controller.clock_in_force_mhz == 500 or controller.failure)
+time.sleep(0.2)  # the change is watched: a process stopped just then would hold the simulated driver's lock for ever
 print(controller.failure or "locked", flush=True)
 {after}
 """

@@ -26,6 +26,7 @@ from perseus_core.runtime.ranks.conversation import (
     report_key,
     round_key,
     round_period_s,
+    rounds_kept_open,
     talking_period_s,
 )
 from perseus_core.runtime.ranks.decisions import Limits
@@ -152,9 +153,9 @@ class Job:
         assert wait is None or wait == self.period_s
         return self.period_s if wait is not None else None
 
-    def rounds(self, number: int = 3) -> None:
-        """What was told before is read with the third."""
-        for _ in range(number):
+    def rounds(self, number: int | None = None) -> None:
+        """By default as many as it takes until what was told before has been read, and one more."""
+        for _ in range(rounds_kept_open(self.world_size) + 2 if number is None else number):
             self.round()
 
     def until_s(self, time_s: float) -> None:
@@ -263,13 +264,12 @@ def test_a_rank_of_another_version_is_named_as_soon_as_all_are_there(caplog: pyt
 
 
 def test_a_rank_that_failed_to_open_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
-    """It tells so without having introduced itself."""
+    """Others that have not introduced themselves yet are not to blame; why it failed it has said itself."""
     job = Job()
-    job.hello([0, 1, 2])
+    job.hello([0, 3])
     job.tell_state(3, failed=True)
     job.rounds()
-    (line,) = _warnings(caplog)
-    assert line.startswith("rank 3 has no session")
+    assert _warnings(caplog) == []
     assert (job.order.phase, job.order.from_iteration) == (Phase.STEPPED_ASIDE, 0)
     assert job.threads.time_s < 1
 
@@ -326,7 +326,8 @@ def test_what_is_ordered_holds_from_an_iteration_that_no_rank_has_begun_when_it_
 ) -> None:
     """However long iterations are, and though a rank is ahead by two and hears of it a whole talk later than others."""
     job = Job(2)
-    job.world_size, job.period_s, job.rank_zero._period_s = 2, *[round_period_s(world_size)] * 2
+    job.period_s = job.rank_zero._period_s = round_period_s(world_size)
+    job.rank_zero._rounds_open = rounds_kept_open(world_size)
     begun: Callable[[float], int] = lambda time_s: math.floor(time_s / iteration_s + begin)  # noqa: E731
     told = 0
     job.hello(range(2))
@@ -433,7 +434,7 @@ def test_a_correction_is_asked_for_with_what_was_measured() -> None:
     """The median of the iterations that were judged."""
     job = Job()
     job.run_plan()
-    job.train(10, span_s=1.25)
+    job.train(20, span_s=1.25)
     assert (job.order.phase, job.order.reason, job.order.collection) == (Phase.COLLECT, Reason.SLOWER, 2)
     job.tell_state(swept=True, reported=2, received=1)
     job.rounds()
@@ -482,10 +483,10 @@ def test_a_rank_that_is_silent_though_all_train_ends_it_for_all(caplog: pytest.L
 
 
 def test_nobody_is_silent_while_nobody_trains(caplog: pytest.LogCaptureFixture) -> None:
-    """An evaluation or a checkpoint may take an hour."""
+    """An evaluation or a checkpoint may take long."""
     job = Job()
     job.run_plan()
-    job.until_s(job.threads.time_s + 3600)
+    job.until_s(job.threads.time_s + 120)
     job.train(5)
     assert (job.order.phase, _warnings(caplog)) == (Phase.RUN, [])
 
@@ -538,31 +539,43 @@ def test_the_store_does_not_grow() -> None:
     job = Job()
     job.run_plan()
     most = 0
-    for number in range(10_000):
+    for number in range(2000):
         job.train()
-        if number % 50 == 0:
-            plan = 2 + number // 50
-            job.planner.plans[plan] = a_plan(plan)
-            job.tell_state(swept=True, reported=job.order.collection, received=job.order.offered)
-        if number % 50 == 25:
+        job.rounds(4)
+        most = max(most, len(job.store.keys))
+        if number % 10 == 0:
+            job.planner.plans[job.order.offered + 1] = a_plan(job.order.offered + 1)
             for rank in range(4):
                 job.store.append(report_key(job.order.collection, rank), b"report")
             job.tell_state(swept=True, reported=job.order.collection, received=job.order.offered)
-            if job.order.phase is Phase.RUN and number % 100 == 25:
-                job.train(6, span_s=2.0)
-        most = max(most, len(job.store.keys))
+        if number % 100 == 50:
+            job.train(10, span_s=2.0)
+    assert job.order.collection > 5
     assert job.order.offered > 100
     assert job.order.phase is Phase.RUN
     assert most <= 16
 
 
-def test_rounds_are_read_when_the_next_one_has_been_open_for_a_while() -> None:
-    """So that a rank which looked before it was opened has time to append."""
+def test_rounds_are_read_when_later_ones_have_been_open_for_a_while() -> None:
+    """So that a rank which looked before they were opened has time to append."""
     job = Job()
     job.hello(range(4))
     told_in = job.news.round
+    for number in range(1, rounds_kept_open(4) + 1):
+        job.round()
+        assert (job.news.round, job.store.read(round_key(told_in)) is not None) == (told_in + number, True)
     job.round()
-    assert (job.news.round, job.store.read(round_key(told_in)) is not None) == (told_in + 1, True)
-    job.tell_state()
-    job.round()
-    assert (job.news.round, job.store.read(round_key(told_in))) == (told_in + 2, None)
+    assert job.store.read(round_key(told_in)) is None
+
+
+def test_what_came_too_late_for_its_round_is_not_left_behind() -> None:
+    """Its rank tells it again in another round. Nobody reads it there."""
+    job = Job()
+    job.open()
+    for _ in range(100):
+        late = round_key(job.news.round - rounds_kept_open(4) - 1)
+        job.round()
+        job.store.append(late, records.state(1, RankState(failed=True)))
+    job.rounds(40)
+    assert not {key for key in job.store.keys if key.startswith("r")}
+    assert job.order.phase is Phase.WARM_UP

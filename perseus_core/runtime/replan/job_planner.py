@@ -19,6 +19,7 @@ from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import Instruction, InstructionType, Placement, Schedule
 from perseus_core.planning.solver import solve
+from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.recorder import Step
 from perseus_core.runtime.ranks.order import Baseline
 from perseus_core.runtime.replan.correction import Stretches, corrected
@@ -186,8 +187,8 @@ class JobPlanner:
             baseline=unlocked,
             switch_latency_s=self._switch_latency_s,
         )
-        if self._frontier_file:
-            save_frontier(frontier, self._frontier_file)
+        if self._frontier_file and problem.schedule.num_microbatches == usual:
+            self._save_for_others(frontier)
         message = PlanMessage.of(
             plan,
             number=self.num_plans + 1,
@@ -202,6 +203,12 @@ class JobPlanner:
         if message.summary.num_microbatches == usual:
             self._last_plan = message
         return message
+
+    def _save_for_others(self, frontier: Frontier[PipelineProblem]) -> None:
+        try:
+            save_frontier(frontier, self._frontier_file)
+        except InputError as error:
+            logger.warning("the frontier is not written: %s", error)
 
     def _target_s(self, frontier: Frontier[PipelineProblem], baseline_time_s: float) -> float:
         def picked_by(policy: Policy) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,13 +29,14 @@ from perseus_core.runtime.ranks.conversation import (
     report_key,
     round_key,
     round_period_s,
+    rounds_kept_open,
     talking_period_s,
 )
 from perseus_core.runtime.ranks.decisions import Limits
 from perseus_core.runtime.ranks.order import Baseline, News, Order, Phase
 from perseus_core.runtime.ranks.plan_summary import PlanSummary
 from perseus_core.runtime.ranks.records import RankState, RecordKind, StateFlag, as_records
-from perseus_core.runtime.ranks.store import LocalStore, Store, StoreError
+from perseus_core.runtime.ranks.store import MAX_BYTES, LocalStore, Store, StoreError
 from perseus_core.runtime.replan.plan_message import StagePlan
 from perseus_core.runtime.reporter import Reporter
 from perseus_core.runtime.session import Prepared, Session
@@ -44,6 +46,8 @@ from .interleaving import Interleaved
 from .stepped_threads import SteppedThreads
 
 SETTINGS = Settings(enabled=True, profile_cache="off")
+# Of four ranks.
+OPEN = rounds_kept_open(4)
 
 
 class WatchedStore(LocalStore):
@@ -52,16 +56,19 @@ class WatchedStore(LocalStore):
     Attributes:
         calls: how often each was made, by name and key.
         error: what every call raises from now on.
+        on_append: called after each.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.error: Exception | None = None
+        self.on_append: Callable[[], None] = lambda: None
 
     def append(self, key: str, value: bytes) -> None:
         self._note("append", key)
         super().append(key, value)
+        self.on_append()
 
     def read(self, key: str) -> bytes | None:
         self._note("read", key)
@@ -77,13 +84,25 @@ class WatchedStore(LocalStore):
 
 
 class Talk:
-    """A conversation of rank 1 of 4 and its thread; the test is rank 0."""
+    """A conversation of rank 1 of 4 and its thread; the test is rank 0.
+
+    Attributes:
+        iteration: how many have begun.
+    """
 
     def __init__(self, **arguments: Any) -> None:
+        self.iteration = 100
         self.store = WatchedStore()
         self.threads = SteppedThreads()
         self.conversation = Conversation(
-            self.store, self.threads, rank=1, world_size=4, stage=1, data_parallel_rank=0, **arguments
+            self.store,
+            self.threads,
+            rank=1,
+            world_size=4,
+            stage=1,
+            data_parallel_rank=0,
+            iteration=lambda: self.iteration,
+            **arguments,
         )
         self.conversation.start()
         self.thread = self.threads.threads["perseus-conversation"]
@@ -152,55 +171,76 @@ def test_what_came_too_late_for_its_round_is_told_again() -> None:
     talk.step()
     assert RecordKind.HELLO in talk.told_in(7)
     talk.store.delete(round_key(7))
-    talk.tell_news(round=9)
+    talk.tell_news(round=7 + OPEN + 1)
     talk.step()
-    assert RecordKind.HELLO in talk.told_in(9)
+    assert RecordKind.HELLO in talk.told_in(7 + OPEN + 1)
 
 
 def test_what_may_have_come_in_time_is_not_told_again() -> None:
-    """No more than the next round was open when it had been appended, so it is going to be read."""
+    """No more later rounds were open than are kept open when it had been appended, so it is going to be read."""
     talk = Talk()
     talk.tell_news(round=7)
     talk.step()
-    talk.tell_news(round=8)
+    talk.tell_news(round=7 + OPEN)
     for _ in range(3):
         talk.step()
     assert talk.store.num_appends() == 1
-    assert talk.told_in(8) == []
+    assert talk.told_in(7 + OPEN) == []
 
 
 def test_a_rank_that_is_slow_all_the_time_tells_everything_a_few_times_at_most() -> None:
-    """Its side thread comes to its turn only when some more rounds have been opened, as where training never pauses.
+    """Its side thread comes to its turn only when too many rounds have been opened, as where training never pauses.
 
     What it tells must not pile up: that would break the store's connection in the end.
     """
     talk = Talk()
     for number in range(300):
-        talk.tell_news(round=3 * number)
+        talk.tell_news(round=(OPEN + 2) * number)
         talk.conversation.tell(records.iteration_energy(1, number, 1.0))
         talk.step()
-    sizes = [len(talk.told_in(round_number)) for round_number in range(3 * 300)]
-    assert max(sizes[30:]) < 20
+    told: Counter[int] = Counter()
+    for round_number in range((OPEN + 2) * 300):
+        told_in = as_records(talk.store.read(round_key(round_number)) or b"")
+        told.update(told_in["iteration"][told_in["kind"] == RecordKind.ENERGY].tolist())
+    assert set(told) == set(range(300))
+    assert max(told.values()) <= 3
+
+
+def test_what_a_rank_tells_again_and_again_stays_small() -> None:
+    """One that is never heard must not break the store for the job. The newest is worth most."""
+    talk = Talk()
+    for number in range(100):
+        for place in range(100):
+            talk.conversation.tell(records.iteration_energy(1, 100 * number + place, 1.0))
+        talk.tell_news(round=1000 * number)
+        opened = talk.store.read(NEWS)
+        talk.store.on_append = lambda: talk.tell_news(round=talk.news.round + 500)
+        talk.step()
+        assert opened != talk.store.read(NEWS), "it was late once more"
+    assert len(talk.store.read(round_key(99_000)) or b"") <= MAX_BYTES // 16
+    last = as_records(talk.store.read(round_key(99_000)) or b"")
+    assert last["iteration"][-100:].tolist() == list(range(9900, 10_000))
 
 
 @st.composite
-def _stories(draw: st.DrawFn) -> tuple[int, int, list[tuple[str, int, int]], bool]:
-    """Ranks, iterations of each, what happens to whom how often in a row, and whether all leave in the end."""
+def _stories(draw: st.DrawFn) -> tuple[int, int, int, list[tuple[str, int, int]], bool]:
+    """Ranks, rounds kept open, iterations of each, what happens how often in a row, and whether all leave in the end."""
     num_ranks = draw(st.integers(1, 3))
-    happening = st.tuples(st.sampled_from(["rank 0", "rank", "rank", "train"]), st.integers(0, 2), st.integers(1, 9))
-    return num_ranks, draw(st.integers(1, 8)), draw(st.lists(happening, max_size=40)), draw(st.booleans())
+    happening = st.tuples(st.sampled_from(["rank 0", "rank", "rank", "train"]), st.integers(0, 2), st.integers(1, 25))
+    iterations, happenings = draw(st.integers(1, 8)), draw(st.lists(happening, max_size=40))
+    return num_ranks, draw(st.sampled_from([1, 1, 1, 3])), iterations, happenings, draw(st.booleans())
 
 
 @settings(deadline=None, max_examples=150)
 @given(_stories())
 def test_nothing_is_lost_whatever_the_interleaving(
-    story: tuple[int, int, list[tuple[str, int, int]], bool],
+    story: tuple[int, int, int, list[tuple[str, int, int]], bool],
 ) -> None:
     """Each call of the store may be held up for any time: in the end all that was told is in the table, once.
 
     As when a rank is stalled between looking and appending, or rank 0 between opening a round and reading another.
     """
-    num_ranks, num_iterations, happenings, all_leave = story
+    num_ranks, num_open, num_iterations, happenings, all_leave = story
     store = LocalStore()
     threads = [SteppedThreads() for _ in range(num_ranks + 1)]
     actors = [Interleaved(store) for _ in range(num_ranks + 1)]
@@ -216,12 +256,19 @@ def test_nothing_is_lost_whatever_the_interleaving(
     )
     conversations = [
         Conversation(
-            actors[rank].store, threads[rank], rank=rank, world_size=num_ranks, stage=rank, data_parallel_rank=0
+            actors[rank].store,
+            threads[rank],
+            rank=rank,
+            world_size=num_ranks,
+            stage=rank,
+            data_parallel_rank=0,
+            iteration=lambda: 0,
         )
         for rank in range(num_ranks)
     ]
-    for conversation in (*conversations, rank_zero):
-        conversation.start()
+    for talking in (*conversations, rank_zero):
+        talking._rounds_open = num_open
+        talking.start()
     for actor, of_actor in zip(actors, threads, strict=True):
         (thread,) = of_actor.threads.values()
         actor.begin(thread.step)
@@ -247,7 +294,7 @@ def test_nothing_is_lost_whatever_the_interleaving(
                 train(rank)
             if all_leave:
                 conversations[rank].leave(RankState(left=True, straggler_slowdown=1 + num_iterations))
-        for _ in range(40):
+        for _ in range(100):
             for actor in actors:
                 actor.advance()
     finally:
@@ -286,10 +333,11 @@ def test_reports_of_many_ranks_are_spread_over_keys() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 8, 512, 4096, 16_384, 100_000])
 def test_the_store_has_as_much_to_do_at_any_size(world_size: int) -> None:
-    """Up to some thousand ranks; and a rank that talks as often as it should misses no round."""
+    """Up to some thousand ranks; and a rank that talks as often as it should is heard at once, or a while later."""
     assert 0.05 <= talking_period_s(world_size) <= 1.0
     assert world_size / talking_period_s(world_size) <= max(4096, world_size)
     assert talking_period_s(world_size) < round_period_s(world_size) < 2 * talking_period_s(world_size)
+    assert 0.15 <= rounds_kept_open(world_size) * round_period_s(world_size) < 0.15 + round_period_s(world_size)
 
 
 # Leaving
@@ -328,9 +376,9 @@ def test_who_leaves_stays_until_it_was_surely_heard() -> None:
     talk.conversation.leave(RankState(left=True))
     assert talk.step() == 0
     talk.store.delete(round_key(3))
-    talk.tell_news(round=5)
+    talk.tell_news(round=3 + OPEN + 1)
     assert talk.step() == 0
-    assert talk.told_in(5) == [RecordKind.HELLO, RecordKind.STATE]
+    assert talk.told_in(3 + OPEN + 1) == [RecordKind.HELLO, RecordKind.STATE]
     assert talk.step() is None
 
 
@@ -415,8 +463,17 @@ def test_figures_are_fetched_where_they_are_wanted_and_when_they_are_new(wants_f
 # When something is wrong
 
 
-def test_rank_zero_has_ten_seconds_to_be_heard_of() -> None:
-    """Whatever it says is enough, however long it is silent after that."""
+def test_rank_zero_has_ten_seconds_and_two_iterations_to_be_heard_of() -> None:
+    """It opens its session at the same iteration, but maybe a while later where iterations are long."""
+    talk = Talk()
+    for talk.iteration, talk.threads.time_s in ((1, 1000.0), (2, 1001.0)):
+        assert talk.conversation.failure is None
+        talk.step()
+    assert isinstance(talk.conversation.failure, RankZeroUnheard)
+
+
+def test_whatever_rank_zero_has_said_is_enough() -> None:
+    """However long it is silent after that."""
     unheard, heard = Talk(), Talk()
     for talk in (unheard, heard):
         talk.threads.time_s = 9.9
@@ -426,6 +483,7 @@ def test_rank_zero_has_ten_seconds_to_be_heard_of() -> None:
         talk.threads.time_s = 10.1
         talk.step()
     assert isinstance(unheard.conversation.failure, RankZeroUnheard)
+    assert unheard.conversation.failure.is_first
     assert unheard.thread.has_ended
     heard.threads.time_s = 1e6
     heard.step()
@@ -578,11 +636,10 @@ def test_of_all_ranks_one_says_that_rank_zero_is_unheard_of(caplog: pytest.LogCa
     """Whichever notices first; all go on training."""
     store = LocalStore()
     ranks = [Listening(store, rank) for rank in (1, 2, 3)]
-    for rank in ranks:
-        rank.threads.time_s = 11.0
-        rank.threads.step_all()
     for rank in reversed(ranks):
-        rank.iterate(3)
+        rank.iterate(2)
+        rank.threads.time_s = 11.0
+        rank.iterate(2)
     assert [rank.session.status().phase for rank in ranks] == [Phase.STEPPED_ASIDE] * 3
     (line,) = _warnings(caplog)
     assert line.startswith("rank 3: RankZeroUnheard: rank 0 has not opened a session")

@@ -121,7 +121,9 @@ def test_with_another_plan_nobody_is_slow_yet() -> None:
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.lists(st.floats(0.8, 1.3), min_size=4, max_size=4), st.integers(0, 4)), max_size=40),
+    st.lists(
+        st.tuples(st.lists(st.floats(0.8, 1.3), min_size=4, max_size=4, unique=True), st.integers(0, 4)), max_size=40
+    ),
     st.permutations(range(4)),
 )
 def test_the_numbers_of_the_ranks_do_not_matter(story: list[tuple[list[float], int]], order: list[int]) -> None:
@@ -134,5 +136,4 @@ def test_the_numbers_of_the_ranks_do_not_matter(story: list[tuple[list[float], i
         watch.note(iteration, seen, np.ones(4), throttled)
         renumbered.note(iteration, seen[places], np.ones(4), throttled[places])
         assert watch.has_changed == renumbered.has_changed
-        if len(set(seen_s)) == 4:  # the slowest is one
-            assert set(watch.slow_ranks) == {order[rank] for rank in renumbered.slow_ranks}
+        assert set(watch.slow_ranks) == {order[rank] for rank in renumbered.slow_ranks}
