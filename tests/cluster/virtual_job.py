@@ -244,6 +244,7 @@ class VirtualJob:
         pipelines: each a stage after the other.
         done: for each pipeline, which of its instructions have ended in this iteration.
         give_next_at: a stage's hosts give it the next iteration when it begins this instruction, counted from 0.
+        tail_s: from the last instruction's end to the iteration's.
         num_ended: iterations that have ended.
         ended_at_s: when they did.
         stop_after: the queue stops when so many have ended.
@@ -269,7 +270,7 @@ class VirtualJob:
         self.num_ended = 0
         self.ended_at_s: list[float] = []
         self.stop_after = -1
-        self._tail_s = tail_s
+        self.tail_s = tail_s
         self._factors = [max(0.5, 1 + time_noise * random_numbers.gauss(0, 1)) for _ in range(9973)]
         self._factor = 0
         self._num_stages_done = 0
@@ -310,7 +311,7 @@ class VirtualJob:
         if self._num_stages_done == len(self.pipelines) * self.schedule.num_stages:
             for stage in self.stages:
                 stage.go_outside()
-            self.queue.call_at(self.queue.now_s + self._tail_s, self._end)
+            self.queue.call_at(self.queue.now_s + self.tail_s, self._end)
 
     def _begin(self) -> None:
         self._num_stages_done = 0

@@ -345,8 +345,6 @@ def _do_faults(job: PipelineJob, rank: int, iteration: int, under_plan: int, nod
             session._meter.take_in = broken
         elif what == "straggler":
             session.set_straggler(value)
-        elif what == "tail":
-            job.tail_s = value
         elif what == "kill_watchdog":
             for pid in _watchdogs(os.getpid()):
                 os.kill(pid, signal.SIGKILL)

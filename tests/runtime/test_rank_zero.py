@@ -548,7 +548,7 @@ def test_the_store_does_not_grow() -> None:
             for rank in range(4):
                 job.store.append(report_key(job.order.collection, rank), b"report")
             job.tell_state(swept=True, reported=job.order.collection, received=job.order.offered)
-        if number % 100 == 50:
+        if number % 100 == 55:
             job.train(10, span_s=2.0)
     assert job.order.collection > 5
     assert job.order.offered > 100

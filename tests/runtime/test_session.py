@@ -275,28 +275,3 @@ def test_no_clock_stays_locked_when_all_ranks_are_killed(restarted: Run) -> None
     ran = restarted(MOST_ITERATIONS, faults=[{"rank": rank, "under_plan": 6, "what": "kill"} for rank in range(4)])
     assert ran.ranks == [None] * 4
     assert ran.locked_gpus() == []
-
-
-def test_a_job_that_becomes_slower_by_itself_keeps_its_plan(restarted: Run) -> None:
-    """Correcting does not help, so it is measured without a plan again; a plan for what it is now then runs on."""
-    faults = [{"rank": rank, "under_plan": 2, "what": "tail", "value": 0.3} for rank in range(4)]
-    # So that whatever else a busy machine does to its instructions is no reason for a plan of its own.
-    changed = {"watch_iterations": 2, "tolerance": 0.3, "slow_gpu": 0.95}
-    ran = restarted(MOST_ITERATIONS, changed=changed, faults=faults, plan_to_reach=5, iterations_under_plan=6)
-    lines = log_of(ran.job)
-    told = [words for line in lines for words in ("measured without", "itself has become slower") if words in line]
-    assert told == ["measured without", "itself has become slower"], lines
-    status = ran.finished[0]["status"]
-    assert (status["phase"], status["plan"]) == ("run", 5)
-    assert status["promised_saving"] > 0
-    assert status["promised_slowdown"] <= 0.01
-    assert not any("left to the driver" in line for line in ran.warnings)
-
-
-def test_a_slower_pipeline_elsewhere_is_planned_for(restarted: Run) -> None:
-    """T' is set from outside while the job runs, on any rank."""
-    faults = [{"rank": 3, "under_plan": 2, "what": "straggler", "value": 1.2}]
-    ran = restarted(MOST_ITERATIONS, faults=faults, plan_to_reach=2, iterations_under_plan=12)
-    status = ran.finished[0]["status"]
-    assert status["plan"] >= 2
-    assert 0.03 < status["promised_slowdown"] < 0.3

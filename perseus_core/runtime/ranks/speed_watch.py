@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 _REACTION_ITERATIONS = 3
 _UNEXPLAINED_FACTOR = 3
 _MOST_REACTION_ITERATIONS = 200
+# Ranks of a stage that differ by less are as slow as each other, as a share.
+_AS_SLOW = 0.02
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class SpeedWatch:
         patience = self._patience * np.where(explained, 1, _UNEXPLAINED_FACTOR)
         self.has_changed = bool((self._streaks >= patience).any())
         slowest = int(slowness.argmax())
+        # Tensor-parallel ranks end together with the slowest of them: the one whose GPU says why is meant.
+        as_slow = (self._stages == self._stages[slowest]) & (slowness > slowness[slowest] - _AS_SLOW)
+        if (as_slow & held).any():
+            slowest = int((as_slow & held).argmax())
         if slowness[slowest] <= self._threshold or self._flagged[slowest]:
             return None
         self._flagged[slowest] = True

@@ -6,6 +6,7 @@ the time at which the rank that said it has been answered anything else.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -246,6 +247,7 @@ def test_a_host_that_dies_ends_a_call_that_waits_for_its_answer(
     """One that has stopped is not seen to be gone; one that is killed is."""
     process, store = dying_host
     process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
     asked = beside(lambda: store.read("key"))
     process.send_signal(signal.SIGKILL)
     with pytest.raises(StoreError):
