@@ -30,8 +30,9 @@ demo-megatron: $(READY)
 compare: $(READY)
 	$(BIN)/perseus compare $(COMPARED) --microbatches 24 -o demo-output/compare
 
+# Two processes: one for what is tested in real time, one for the rest (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -32,6 +32,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "scipy>=1.11",
             "ruff>=0.6",

@@ -18,8 +18,8 @@ stays the same. One rank alone has no store to talk through: the baseline.
 - Order everywhere: from the moment rank 0 publishes it until the last rank has it, as a share of the period in which
   each rank talks once, and in seconds: that share of the unstretched period.
 
-Below, what a rank opens: descriptors and listening sockets of four ranks' processes (/proc), with gloo, before and after
-the session has opened and profiles on simulated GPUs. Everything stays on loopback: in a network namespace of its own
+Below, what a rank opens: descriptors and listening sockets of four ranks' processes (/proc), with gloo, before the
+session has opened and while it profiles on simulated GPUs. All stays on loopback: in a network namespace of its own
 where that is allowed, so that no name server is asked for each of the 16,384 connections.
 """
 
@@ -229,7 +229,7 @@ def _traffic(port: int) -> np.ndarray:
     total = np.zeros(3, np.int64)
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            if not os.readlink(descriptor).startswith("socket:"):
+            if not str(descriptor.readlink()).startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
                 if connection.family != socket.AF_INET6 or connection.getsockname()[1] != port:
@@ -676,7 +676,7 @@ def _descriptors(simulated_node: str) -> Counter[str]:
     found: Counter[str] = Counter()
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(descriptor)
+            target = str(descriptor.readlink())
         except OSError:
             continue
         if target in listeners:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -23,6 +24,48 @@ PUBLISHED = REPOSITORY.parent / "shared" / "data" / "sosp24"
 OWN_PROFILE = REPOSITORY / "configs" / "profiles" / "gpt3-6.7b_a100_4stages.csv"
 
 BLOCKING_POWER_W = {"gpt3-175b+a100_sxm": 83.64, "bloom+a40": 70.38}
+
+# What these find out, they find out in real time: they run one after another, in one process, from the first moment on.
+IN_REAL_TIME = (
+    "tests/runtime/",
+    "tests/deepspeed/test_end_to_end.py",
+    "tests/deepspeed/test_dualpipev.py",
+    "tests/deepspeed/test_newcomer.py",
+    "tests/megatron/test_planned_clocks.py",
+)
+# Beside them another process runs the rest, file by file: first what takes long.
+TAKES_LONG = (
+    "tests/megatron/test_training.py",
+    "tests/deepspeed/test_numerics.py",
+    "tests/megatron/",
+    "tests/deepspeed/",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Says which tests go together where several processes run them (`pytest -n 2`).
+
+    Marks for xdist's own groups have no effect: pytest 9.2 does not read where xdist 3.8 writes them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "real time" if nodeid.startswith(IN_REAL_TIME) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The order in which several processes take the files."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (not item.nodeid.startswith(IN_REAL_TIME), _place_among(item, TAKES_LONG)))
+
+
+def _place_among(item: pytest.Item, beginnings: Sequence[str]) -> int:
+    return next((i for i, each in enumerate(beginnings) if item.nodeid.startswith(each)), len(beginnings))
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:

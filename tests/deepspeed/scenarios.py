@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -9,7 +16,21 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from perseus_core.gpu.simulated import open_node
+from perseus_ds import session_of
+from perseus_ds.simulated_work import occupy_simulated_gpus
+from tests.deepspeed import until
+from tests.deepspeed.until import iterations_until, phase_of, plan_of, under_plans
 from tests.recording_session import RecordingSession
+
+# What DeepSpeed and our hooks import when training starts: the server of jobs does it once.
+IMPORTED_LATER = (
+    "torch._dynamo",
+    "deepspeed.ops",
+    "deepspeed.module_inject.auto_ep_config",
+    "perseus_ds.start",
+    "perseus_core.runtime.opening",
+)
 
 WIDTH = 8
 
@@ -169,93 +190,111 @@ def record_exhausted_data(sessions: list[RecordingSession]) -> dict[str, Any]:
     return {"error": error, "ended": sessions[-1].iterations[-1]["ended"]}
 
 
+# Wide tolerances: on a busy machine processes run late, and these tests are about what happens, not how well.
 QUICK = {
     "enabled": True,
     "profile_cache": "off",
     "warmup_iterations": 1,
     "baseline_iterations": 3,
-    "profile_clocks": 4,
+    "profile_clocks": 2,
     "profile_iterations": 1,
     "watch_iterations": 3,
+    "tolerance": 0.5,
+    "slow_gpu": 0.95,
 }
 
 
-def losses(config: dict[str, Any], stages: int, iterations: int) -> tuple[list[float], int]:
-    """Losses of a job, and how many plans were applied in it."""
-    from perseus_ds import session_of
+@contextmanager
+def occupied_gpus() -> Iterator[None]:
+    """Passes occupy the simulated GPUs, of engines that are made meanwhile."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
 
+    classes = [PipelineEngine, *PipelineEngine.__subclasses__()]
+    before = [(instructions, dict(instructions)) for c in classes if (instructions := vars(c).get("_INSTRUCTION_MAP"))]
+    occupy_simulated_gpus()
+    try:
+        yield
+    finally:
+        for instructions, functions in before:
+            instructions.update(functions)
+
+
+def losses_under_plan(config: dict[str, Any], stages: int, iterations: int) -> tuple[list[float], int]:
+    """Losses of a job until so many of its iterations have run under its plan, and the number of its newest plan."""
+    engine = make_engine(config, stages)
+    batches = data(engine)
+    values: list[float] = []
+    plans: list[int] = []
+    for _ in iterations_until(lambda: under_plans(plans) >= iterations):
+        values.append(engine.train_batch(batches).item())
+        plans.append(plan_of(session_of(engine)))
+    engine.destroy()
+    return values, max(plans)
+
+
+def losses(config: dict[str, Any], stages: int, iterations: int) -> list[float]:
+    """Losses of a job."""
     engine = make_engine(config, stages)
     batches = data(engine)
     values = [engine.train_batch(batches).item() for _ in range(iterations)]
-    session = session_of(engine)
-    plan = 0 if session is None else session.status().plan
     engine.destroy()
-    return values, plan
+    return values
 
 
-def losses_with_and_without(iterations: int, layouts: list[str]) -> dict[str, Any]:
-    """Losses in some layouts, without the block and with it."""
-    from perseus_ds.simulated_work import occupy_simulated_gpus
-
+def losses_with_and_without(under_plan: int) -> dict[str, Any]:
+    """Losses in some layouts, with the block until a plan has run for so many iterations, and as many without it."""
     start()
-    occupy_simulated_gpus()
     compared = {}
     for name, stages, config in (
         ("pp4", 4, batch_config(4)),
         ("pp2 x dp2", 2, batch_config(4)),
         ("pp2 x dp2, bf16, zero-1", 2, batch_config(4, **BF16)),
     ):
-        if name not in layouts:
-            continue
-        without, _ = losses(config, stages, iterations)
-        under, plan = losses({**config, "perseus": QUICK}, stages, iterations)
-        compared[name] = {"without": without, "with": under, "plan": plan}
+        with occupied_gpus():
+            under, plan = losses_under_plan({**config, "perseus": QUICK}, stages, under_plan)
+        compared[name] = {"with": under, "plan": plan, "without": losses(config, stages, len(under))}
     stop()
     return compared
 
 
-def train_under_a_plan(config: dict[str, Any], stages: int, iterations: int, dualpipev: bool = False) -> dict[str, Any]:
-    """A whole job; returns what each iteration took, under which plan, and the session's own view."""
-    import dataclasses
-    import time
+def train_under_a_plan(
+    config: dict[str, Any], stages: int, under_plan: int, *, dualpipev: bool = False, monitored: str = ""
+) -> dict[str, Any]:
+    """A whole job; returns the session's view after each iteration and at the end.
 
-    from perseus_core.gpu.simulated import open_node
-    from perseus_ds import session_of
-    from perseus_ds.simulated_work import occupy_simulated_gpus
-
+    Args:
+        config: DeepSpeed's.
+        stages: of the pipeline.
+        under_plan: how many iterations run under the plan.
+        dualpipev: whether it is a V.
+        monitored: the job goes on until this file is there, too.
+    """
     start()
     occupy_simulated_gpus()
     engine = make_dualpipev_engine(config, stages) if dualpipev else make_engine(config, stages)
-    gpu = open_node().gpus[engine.local_rank]
     batches = data(engine)
-    laps = []
-    for _ in range(iterations):
-        begin_s, begin_j = time.monotonic(), gpu.true_energy_j()
+    phases: list[str] = []
+    plans: list[int] = []
+
+    def is_enough() -> bool:
+        return until.under_newest_plan(plans) >= under_plan and (not monitored or Path(monitored).exists())
+
+    for _ in iterations_until(is_enough):
         engine.train_batch(batches)
-        status = session_of(engine).status() if session_of(engine) else None
-        laps.append(
-            {
-                "begin_s": begin_s,
-                "time_s": time.monotonic() - begin_s,
-                "energy_j": gpu.true_energy_j() - begin_j,
-                "phase": status.phase.value if status else "",
-                "plan": status.plan if status else 0,
-            }
-        )
+        phases.append(phase_of(session_of(engine)))
+        plans.append(plan_of(session_of(engine)))
     session = session_of(engine)
-    planned = [(p.clock_mhz, p.duration_s) for p in session._plans[8].stages[engine.stage_id].clocks]
-    values = dataclasses.asdict(session.status())
-    values["phase"] = values["phase"].value
-    result = {"stage": engine.stage_id, "laps": laps, "status": values, "planned": planned}
+    status = dataclasses.asdict(session.status())
+    status["phase"] = status["phase"].value
+    microbatches = config["gradient_accumulation_steps"]
+    planned_mhz = until.planned_clocks_mhz(session, microbatches) if plans[-1] else []
+    result = {"stage": engine.stage_id, "phases": phases, "plans": plans, "status": status, "planned_mhz": planned_mhz}
     stop()
     return result
 
 
 def faults() -> dict[str, Any]:
     """One thing after another that must not hurt the training; returns what was seen of each."""
-    from perseus_ds import session_of
-    from perseus_ds.simulated_work import occupy_simulated_gpus
-
     start()
     occupy_simulated_gpus()
     seen: dict[str, Any] = {}
@@ -270,7 +309,7 @@ def faults() -> dict[str, Any]:
         plain.backward(loss)
         seen[name] = loss.item()
 
-    reference, _ = losses(batch_config(4), 2, 8)
+    reference = losses(batch_config(4), 2, 8)
 
     # A typo in the block
     try:
@@ -312,7 +351,7 @@ def faults() -> dict[str, Any]:
 
     execute_schedule = PipelineEngine._exec_schedule
     PipelineEngine._exec_schedule = lambda self, pipe_schedule: execute_schedule(self, pipe_schedule)
-    seen["differs"] = losses(config, 2, 4)[0] == reference[:4]
+    seen["differs"] = losses(config, 2, 4) == reference[:4]
     PipelineEngine._exec_schedule = execute_schedule
     stop()
     return seen
@@ -322,46 +361,49 @@ def _raise(*_: Any, **__: Any) -> None:
     raise RuntimeError("broken on purpose")
 
 
-def short_job(perseus: dict[str, Any] | None, iterations: int = 8, kill: int | None = None) -> dict[str, Any]:
-    """A job of a few batches on 2 ranks; one rank may be killed in the middle."""
-    import os
-    import signal
-
-    if os.environ.get("PERSEUS_SIMULATED_GPUS"):
-        from perseus_ds.simulated_work import occupy_simulated_gpus
-
-        occupy_simulated_gpus()
+def job_without_plan(perseus: dict[str, Any]) -> dict[str, Any]:
+    """A job of 2 ranks until its session has measured only for a while; returns the phases it was in."""
     start()
-    block = {} if perseus is None else {"perseus": perseus}
-    engine = make_engine({**batch_config(4), **block}, 2)
+    occupy_simulated_gpus()
+    engine = make_engine({**batch_config(4), "perseus": perseus}, 2)
     batches = data(engine)
-    values = []
-    for iteration in range(iterations):
-        if iteration == iterations // 2 and kill == engine.global_rank:
-            os.kill(os.getpid(), signal.SIGKILL)
-        values.append(engine.train_batch(batches).item())
+    phases: list[str] = []
+    for _ in iterations_until(lambda: phases.count("measure only") >= 4):
+        engine.train_batch(batches)
+        phases.append(phase_of(session_of(engine)))
     stop()
-    return {"losses": values}
+    return {"phases": phases}
 
 
-def checkpointed_job(perseus: dict[str, Any], checkpoint: str, iterations: int, resume: bool) -> dict[str, Any]:
-    """A job that goes on from a checkpoint, or makes one at its end; returns the session's status at each iteration."""
-    from perseus_ds import session_of
-    from perseus_ds.simulated_work import occupy_simulated_gpus
+def killed_job(perseus: dict[str, Any]) -> None:
+    """Rank 1 of 2 is killed at the beginning of a batch as soon as its clock is locked."""
+    start()
+    occupy_simulated_gpus()
+    engine = make_engine({**batch_config(4), "perseus": perseus}, 2)
+    gpu = open_node().gpus[engine.local_rank]
+    batches = data(engine)
+    for _ in iterations_until(lambda: False):
+        locked_mhz = gpu.state().locked_mhz
+        if engine.global_rank == 1 and locked_mhz:
+            print(f"killed while its clock is locked to {locked_mhz}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        engine.train_batch(batches)
 
+
+def checkpointed_job(perseus: dict[str, Any], checkpoint: str, resume: bool) -> dict[str, Any]:
+    """A job of 2 ranks until its plan runs, that goes on from a checkpoint or makes one at its end."""
     start()
     occupy_simulated_gpus()
     engine = make_engine({**batch_config(4), "perseus": perseus}, 2)
     batches = data(engine)
     if resume:
         engine.load_checkpoint(checkpoint)
-    phases, plans = [], []
-    for _ in range(iterations):
+    phases: list[str] = []
+    plans: list[int] = []
+    for _ in iterations_until(lambda: under_plans(plans) >= 2):
         engine.train_batch(batches)
-        session = session_of(engine)
-        if session is not None:
-            phases.append(session.status().phase.value)
-            plans.append(session.status().plan)
+        phases.append(phase_of(session_of(engine)))
+        plans.append(plan_of(session_of(engine)))
     if not resume:
         engine.save_checkpoint(checkpoint)
     stop()
@@ -370,13 +412,6 @@ def checkpointed_job(perseus: dict[str, Any], checkpoint: str, iterations: int, 
 
 def run_configs(paths: list[str]) -> dict[str, Any]:
     """Every ready-made config as it is, but for the size of its batch; returns what was understood of it."""
-    import json
-    import os
-    from pathlib import Path
-
-    from perseus_ds import session_of
-    from perseus_ds.simulated_work import occupy_simulated_gpus
-
     start()
     occupy_simulated_gpus()
     os.chdir(os.environ["PERSEUS_TEST_FOLDER"])  # files that a config names lie where the job runs
@@ -388,7 +423,7 @@ def run_configs(paths: list[str]) -> dict[str, Any]:
         config.update(batch_config(4))
         engine = make_engine(config, 2)
         batches = data(engine)
-        values = [engine.train_batch(batches).item() for _ in range(4)]
+        values = [engine.train_batch(batches).item() for _ in range(3)]
         session = session_of(engine)
         settings = session._settings
         seen[path] = {

@@ -50,7 +50,7 @@ def test_installed_package_looks_at_pipeline_engines(tmp_path: Path) -> None:
     found, _ = look("import torch; after_torch = ours(); import deepspeed", folder=tmp_path)
     assert found["hooked"]
     assert found["ours after torch"] == ["perseus_autoload"]
-    assert found["ours"] == ["perseus_autoload", "perseus_ds", "perseus_ds.activation"]
+    assert found["ours"] == ["perseus_autoload", "perseus_ds", "perseus_ds.activation", "perseus_ds.block"]
     assert found["loader"] == ["SourceFileLoader", ["name", "path"]]
 
 

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PATIENCE_S = 200.0
+PATIENCE_S = 500.0
 NOT_CLONED = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__", "demo-output")
 
 # A job as it may have been before there was Perseus, but for the one line that the README wants on simulated GPUs.
@@ -38,10 +38,8 @@ model = PipelineModule([LayerSpec(torch.nn.Linear, 8, 8) for _ in range(8)], num
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config="ds_config.json")
 data = iter(lambda: (torch.randn(2, 8), torch.randn(2, 8)), None)
-for _ in range(1000):
+while True:
     engine.train_batch(data)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
 """
 
 
@@ -95,9 +93,10 @@ def environment(clone: Path) -> dict[str, str]:
 
 
 def config() -> dict[str, Any]:
-    """The README's, for a smaller batch."""
+    """The README's, for a smaller batch, and for machines so busy that processes run late."""
     shown: dict[str, Any] = json.loads(in_readme(r"```json\n(.*?)```"))
-    return {**shown, "gradient_accumulation_steps": 8, "steps_per_print": 10_000}
+    block = {**shown["perseus"], "tolerance": 0.5, "slow_gpu": 0.95}
+    return {**shown, "gradient_accumulation_steps": 4, "steps_per_print": 10_000, "perseus": block}
 
 
 def test_first_saving(clone: Path, environment: dict[str, str]) -> None:

@@ -25,16 +25,23 @@ class _CudaMeansCpu(TorchFunctionMode):
     """What `torch.set_default_device` is made of."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)  # Megatron compares it with torch.cuda.FloatTensor
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], "cpu", *args[2:])
+        if func in _ASKING_FOR_CUDA:
+            if func is torch.Tensor.cuda:
+                return args[0]
+            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+                return func(*args).replace(
+                    "torch.", "torch.cuda.", 1
+                )  # Megatron compares it with torch.cuda.FloatTensor
+            if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+                args = (args[0], "cpu", *args[2:])
+        if not kwargs:
+            return func(*args)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **kwargs)
+
+
+_ASKING_FOR_CUDA = {torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}
 
 
 def _is_cuda(device: Any) -> bool:

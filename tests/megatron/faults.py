@@ -1,4 +1,7 @@
-"""What goes wrong in the middle of a test's training. Each function runs on every rank, before an iteration."""
+"""What goes wrong in the middle of a test's training, while clocks are locked.
+
+Each function runs on every rank, before an iteration.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ def error_in_hook(followed: Any) -> None:
 def killed(followed: Any) -> None:
     """The last rank is killed."""
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        print("killed while its clock is locked", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,15 @@ from perseus_megatron.flags import settings_of
 from perseus_megatron.schedule_hooks import combined_1f1b
 from perseus_megatron.simulated_work import occupy_simulated_gpus
 from tests.conftest import REPOSITORY
+from tests.deepspeed.until import agreed, iterations_until, phase_of, plan_of, planned_clocks_mhz, under_plans
 from tests.megatron import cpu_megatron, faults
 from tests.recording_session import RecordingSession
 
+# What our hooks import when training starts: the server of jobs does it once.
+IMPORTED_LATER = ("perseus_megatron.session_opening", "perseus_core.runtime.opening")
+
 TEXT = REPOSITORY / "LICENSE"
+FIGURES = {"iteration_time_s", "energy_j", "saving"}
 
 
 def start() -> None:
@@ -122,31 +126,28 @@ def record_reruns(microbatches: int) -> dict[str, Any]:
 def train(
     sizes: dict[str, int],
     microbatches: int,
-    iterations: int,
     settings: dict[str, Any],
     *,
-    occupied: bool = True,
+    iterations: int = 1,
+    planned_iterations: int = 0,
+    until_phase: str = "",
     fault: str = "",
-    at: int = 0,
     evaluate_every: int = 0,
     also_without: bool = False,
-    least_iterations: int = 0,
-    planned_iterations: int = 0,
 ) -> dict[str, Any]:
     """Trains on simulated GPUs.
 
     Args:
         sizes: of the model and the job.
         microbatches: of an iteration.
-        iterations: how many at most.
         settings: the `perseus` block.
-        occupied: whether passes occupy the simulated GPUs, or only the CPU.
-        fault: name of a function of `tests.megatron.faults`.
-        at: iteration before which the fault happens.
+        iterations: how many at least.
+        planned_iterations: goes on until so many have run under a plan, and what was measured under it has been told.
+        until_phase: goes on until the session has been in this phase for some iterations.
+        fault: name of a function of `tests.megatron.faults`: what happens as soon as all ranks' clocks are locked. The
+            training does not end before.
         evaluate_every: iterations.
         also_without: trains the same afterwards without us.
-        least_iterations: how many at least.
-        planned_iterations: how many under a plan are enough; 0 for all.
     """
 
     def losses_of(training: Training, number: int) -> list[float]:
@@ -158,44 +159,55 @@ def train(
         return losses
 
     start()
-    result: dict[str, Any] = {"rank": torch.distributed.get_rank()}
+    rank = torch.distributed.get_rank()
+    is_last = rank == torch.distributed.get_world_size() - 1
     training = Training(Sizes(**sizes), TEXT)
-    hooks = occupy_simulated_gpus() if occupied else None
+    hooks = occupy_simulated_gpus()
+    losses: list[float] = []
+    plans: list[int] = []
+    phases: list[str] = []
     figures: list[list[Any]] = []
-    is_last = result["rank"] == torch.distributed.get_world_size() - 1
+    faults_at: list[int] = []
     metric = (lambda name, value: figures.append([name, value])) if is_last else None
     followed = perseus_megatron.enable(settings, training.model, metric=metric)
-    result |= {"losses": [], "energies_j": [], "times_s": [], "plans": [], "phases": [], "figures": figures}
     gpu = open_node().gpus[int(os.environ["LOCAL_RANK"])]
-    last_s, last_j = time.monotonic(), gpu.true_energy_j()
-    for iteration in range(iterations):
-        if fault and iteration == at:
+
+    def is_enough() -> bool:
+        if fault and not faults_at:
+            return False
+        if until_phase and phases.count(until_phase) < 3:
+            return False
+        if not planned_iterations:
+            return True
+        return under_plans(plans) >= planned_iterations and (not is_last or {name for name, _ in figures} >= FIGURES)
+
+    for iteration in iterations_until(is_enough, least=iterations):
+        if fault and not faults_at and agreed(bool(gpu.state().locked_mhz)):
+            faults_at.append(iteration)
             getattr(faults, fault)(followed)
         with followed.step():
-            result["losses"].append(training.step(microbatches))
+            losses.append(training.step(microbatches))
         if evaluate_every and iteration % evaluate_every == 0:
             training.evaluate(microbatches)
-        now_s, now_j = time.monotonic(), gpu.true_energy_j()
-        result["times_s"].append(now_s - last_s)
-        result["energies_j"].append(now_j - last_j)
-        last_s, last_j = now_s, now_j
-        session: Any = followed.session
-        result["plans"].append(0 if session is None else session.status().plan)
-        result["phases"].append("" if session is None else session.status().phase.value)
-        enough = iteration + 1 >= least_iterations and sum(plan > 0 for plan in result["plans"]) >= planned_iterations
-        if planned_iterations and agreed(enough):
-            break
-    plan = None if session is None else getattr(session, "_plans", {}).get(microbatches)
-    result["stage"] = parallel_state.get_pipeline_model_parallel_rank()
-    result["planned_mhz"] = [] if plan is None else [c.clock_mhz for c in plan.stages[result["stage"]].clocks]
-    result["promised"] = None if plan is None else [plan.saving, plan.slowdown]
-    result["is_followed"] = followed.is_followed
+        plans.append(plan_of(followed.session))
+        phases.append(phase_of(followed.session))
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    result: dict[str, Any] = {
+        "rank": rank,
+        "stage": stage,
+        "losses": losses,
+        "plans": plans,
+        "phases": phases,
+        "figures": figures,
+        "faults_at": faults_at,
+        "planned_mhz": planned_clocks_mhz(followed.session, microbatches) if plans[-1] else [],
+        "is_followed": followed.is_followed,
+    }
     followed.close()
     if also_without:
         parallel_state.destroy_model_parallel()
-        if hooks is not None:
-            hooks.take_off()
-        result["losses_without"] = losses_of(Training(Sizes(**sizes), TEXT), len(result["losses"]))
+        hooks.take_off()
+        result["losses_without"] = losses_of(Training(Sizes(**sizes), TEXT), len(losses))
     stop()
     return result
 
@@ -212,7 +224,7 @@ def run_argument_files(paths: list[str]) -> dict[str, Any]:
         settings = settings_of(parser.parse_args(Path(path).read_text().split()))
         training = Training(Sizes(2), TEXT)
         followed = perseus_megatron.enable(settings, training.model)
-        losses = [training.step(2) for _ in range(4)]
+        losses = [training.step(2) for _ in range(3)]
         session: Any = followed.session
         seen[path] = {
             "losses": losses,
@@ -236,10 +248,3 @@ def train_without_gpus() -> dict[str, Any]:
     stop()
     hooked = hasattr(schedules.forward_step, "__wrapped__")
     return {"is_followed": followed.is_followed, "hooked": hooked}
-
-
-def agreed(wish: bool) -> bool:
-    """Whether all ranks wish it."""
-    wishes = torch.tensor([int(wish)])
-    torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MIN)
-    return bool(wishes.item())

@@ -83,6 +83,7 @@ def test_waiting_lengthens_interleaved_iterations() -> None:
     assert times_s[0] < times_s[1] < times_s[2]
 
 
+ITERATIONS = 6
 REAL_JOBS = {
     "1f1b": ({"stages": 4}, one_f_one_b(4, 8)),
     "interleaved": ({"stages": 4, "chunks": 2}, interleaved(4, 4, 2)),
@@ -108,14 +109,14 @@ def test_real_jobs_wait_so(job: str, tmp_path: Path) -> None:
             environment=environment(node),
             sizes=sizes,
             microbatches=schedule.num_microbatches,
-            iterations=12,
+            iterations=ITERATIONS,
             settings={"enabled": False},
         ).results_of_all()
         executed = read_executed(node.folder)
     found = waits(programs_of(schedule, overlaps_steady_state=True))
     # GPUs that share experts are neighbours; the first of each stage tells.
     by_stage = [[e for e in executed if e.gpu == stage * 4 // stages] for stage in range(stages)]
-    for number in range(12):
+    for number in range(ITERATIONS):
         ran = {
             i: by_stage[stage][number * len(order) + place]
             for stage, order in enumerate(schedule.stages)

@@ -18,8 +18,10 @@ from perseus_core.runtime.background import within
 from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.measure.profile_cache import ProfileKey
-from perseus_core.runtime.opening import cache_folder, open_session
-from perseus_core.runtime.ranks.order import Phase
+from perseus_core.runtime.opening import cache_folder, open_session, tell_failed
+from perseus_core.runtime.ranks.conversation import NEWS, round_key
+from perseus_core.runtime.ranks.order import News, Phase
+from perseus_core.runtime.ranks.records import RecordKind, StateFlag, as_records
 from perseus_core.runtime.ranks.store import LocalStore, Store
 from perseus_core.runtime.session import Session
 from perseus_core.runtime.settings import Settings
@@ -243,6 +245,39 @@ def test_another_rank_is_held_up_by_a_store_that_hangs_as_little(hanging: Callab
         session.close()
 
     within(HANGS_S, train, otherwise=lambda: AssertionError("training was held up"))
+
+
+@pytest.fixture
+def rank_3_of_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is a rank of a torch job, as far as torch says."""
+    distributed = pytest.importorskip("torch.distributed")
+    for name, value in (("is_initialized", True), ("get_world_size", 4), ("get_rank", 3)):
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+
+
+@pytest.mark.usefixtures("rank_3_of_4")
+def test_the_others_hear_of_a_session_that_could_not_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the round that is open by then."""
+
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise InputError("the profile cache is a fish")
+
+    store = LocalStore()
+    store.set(NEWS, News(round=200).encode())
+    monkeypatch.setattr("perseus_core.runtime.opening.Session", fail)
+    job = Job(0, 1, 1, 3, 4, 3, lambda m: one_f_one_b(1, m), _job().key)
+    assert isinstance(open_session(QUICK, job, device=_no_gpu, store=store), InertSession)
+    told = as_records(wait_until(lambda: store.read(round_key(200))))
+    assert set(told["rank"].tolist()) == {3}
+    assert StateFlag.FAILED in StateFlag(int(told[told["kind"] == RecordKind.STATE][-1]["flags"]))
+
+
+@pytest.mark.usefixtures("rank_3_of_4")
+def test_telling_the_others_waits_for_no_store(hanging: Callable[..., Any]) -> None:
+    """And raises nothing."""
+    store = _HangingStore(hanging)
+    store.hangs = True
+    within(HANGS_S, lambda: tell_failed(store), otherwise=lambda: AssertionError("training was held up"))
 
 
 # Folders and files: a whole job in virtual time

@@ -16,12 +16,14 @@ class Interleaved:
     Attributes:
         has_ended: `step` has returned None.
         error: what it raised instead.
+        stands_before: name of the call of the store that it does next.
     """
 
     def __init__(self, store: Store) -> None:
         """Stands still until `advance`; its store is `self.store`."""
         self.has_ended = False
         self.error: BaseException | None = None
+        self.stands_before = ""
         self.store: Any = _StoppingStore(store, self._stop_here)
         self._step: Callable[[], float | Awaited | None] | None = None
         self._may_go_on, self._stands = threading.Semaphore(0), threading.Semaphore(0)
@@ -57,7 +59,8 @@ class Interleaved:
             self.error = error
         self._stands.release()
 
-    def _stop_here(self) -> None:
+    def _stop_here(self, call: str) -> None:
+        self.stands_before = call
         self._stands.release()
         self._wait_to_be_let_on()
 
@@ -72,7 +75,7 @@ class _Stopped(BaseException):
 
 
 class _StoppingStore:
-    def __init__(self, store: Store, stop: Callable[[], None]) -> None:
+    def __init__(self, store: Store, stop: Callable[[str], None]) -> None:
         self._store = store
         self._stop = stop
 
@@ -80,7 +83,7 @@ class _StoppingStore:
         call = getattr(self._store, name)
 
         def stop_and_call(*arguments: Any) -> Any:
-            self._stop()
+            self._stop(name)
             return call(*arguments)
 
         return stop_and_call

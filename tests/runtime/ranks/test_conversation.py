@@ -224,9 +224,9 @@ def test_what_a_rank_tells_again_and_again_stays_small() -> None:
 
 @st.composite
 def _stories(draw: st.DrawFn) -> tuple[int, int, int, list[tuple[str, int, int]], bool]:
-    """Ranks, rounds kept open, iterations of each, what happens how often in a row, and whether all leave at the end."""
+    """Ranks, rounds kept open, iterations, what happens how often in a row, and whether all leave in the end."""
     num_ranks = draw(st.integers(1, 3))
-    happening = st.tuples(st.sampled_from(["rank 0", "rank", "rank", "train"]), st.integers(0, 2), st.integers(1, 25))
+    happening = st.tuples(st.sampled_from(["rank 0", "rank", "train", "held"]), st.integers(0, 2), st.integers(1, 20))
     iterations, happenings = draw(st.integers(1, 8)), draw(st.lists(happening, max_size=40))
     return num_ranks, draw(st.sampled_from([1, 1, 1, 3])), iterations, happenings, draw(st.booleans())
 
@@ -282,13 +282,24 @@ def test_nothing_is_lost_whatever_the_interleaving(
             conversations[rank].tell(records.iteration_energy(rank, iteration, 100 * iteration + rank))
             conversations[rank].tell_state(RankState(straggler_slowdown=1 + told[rank]))
 
+    def advance(actor: Interleaved, times: int, *, before: str = "") -> None:
+        for _ in range(times):
+            if not before or actor.stands_before != before:
+                actor.advance()
+
     try:
         for who, rank, times in happenings:
-            for _ in range(times):
-                if who == "train":
+            actor = actors[rank % num_ranks]
+            if who == "held":  # it has looked, and is just about to append, while rank 0 goes on for a while
+                train(rank % num_ranks)
+                advance(actor, 6, before="append")
+                advance(actors[-1], times)
+                advance(actor, 6)
+            elif who == "train":
+                for _ in range(times):
                     train(rank % num_ranks)
-                else:
-                    actors[-1 if who == "rank 0" else rank % num_ranks].advance()
+            else:
+                advance(actor if who == "rank" else actors[-1], times)
         for rank in range(num_ranks):
             for _ in range(num_iterations):
                 train(rank)
@@ -644,6 +655,24 @@ def test_of_all_ranks_one_says_that_rank_zero_is_unheard_of(caplog: pytest.LogCa
     (line,) = _warnings(caplog)
     assert line.startswith("rank 3: RankZeroUnheard: rank 0 has not opened a session")
     assert line.endswith("training goes on without perseus")
+
+
+def test_a_store_that_is_gone_when_rank_zero_is_found_to_be_unheard_of_does_no_harm(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Asking who speaks is no business of the training thread."""
+
+    class Dying(LocalStore):
+        def is_first(self, key: str) -> bool:
+            raise StoreError("the job's rendezvous store cannot be reached any more (Broken pipe)")
+
+    rank = Listening(Dying())
+    rank.iterate(2)
+    rank.threads.time_s = 11.0
+    rank.iterate(2)
+    assert rank.session.status().phase is Phase.STEPPED_ASIDE
+    (line,) = _warnings(caplog)
+    assert line.startswith("rank 1: StoreError: ")
 
 
 def test_a_store_that_is_gone_is_said_by_few(caplog: pytest.LogCaptureFixture) -> None:

@@ -59,6 +59,16 @@ def test_a_second_slow_rank_is_named_when_it_is_the_slowest() -> None:
     assert job.watch.slow_ranks == (0, 2)
 
 
+def test_of_ranks_that_are_as_slow_as_each_other_the_one_whose_gpu_says_why_is_named() -> None:
+    """The others of its stage wait for it in each instruction, and a measurement's noise must not accuse them."""
+    slow = Watched().note(1.0, 1.0, 1.31, 1.3, held=3)
+    assert slow is not None and (slow.rank, slow.throttled) == (3, True)
+    slow = Watched().note(1.0, 1.0, 1.36, 1.3, held=3)
+    assert slow is not None and slow.rank == 2, "that one is slower than heat explains"
+    slow = Watched().note(1.3, 1.0, 1.31, 1.0, held=0)
+    assert slow is not None and slow.rank == 2, "the other one is of another stage"
+
+
 def test_where_nothing_is_expected_nobody_is_slow() -> None:
     """Without a plan there is nothing to compare with. What was known before stays known."""
     job = Watched()
