@@ -107,7 +107,7 @@ class Session:
             stage=job.stage,
             data_parallel_rank=job.data_parallel_rank,
             iteration=lambda: self._iteration,
-            wants_figures=announcer.has_metric,
+            wants_figures=announcer.has_metric and job.rank != 0,
         )
         self._reporter = Reporter(announcer, settings.log_interval)
         self._rank_zero: RankZero | None = None
@@ -130,7 +130,7 @@ class Session:
         self._stage_plans: dict[int, StagePlan] = {}
         self._collected = 0
         self._straggler_slowdown = settings.straggler_slowdown
-        self._figures_handed_on = b""
+        self._figures, self._figures_as_sent = self._reporter.figures, b""
         self._policy: Policy | None = None  # set before there was a planner
         self._pid = os.getpid()
         self._failed = self._closed = False
@@ -229,7 +229,7 @@ class Session:
     def status(self) -> SessionStatus:
         """Where the session stands."""
         baseline, plan = self._order.baseline, self._order.plan_for(self._order.usual_microbatches)
-        progress, figures = self._meter.sweep_progress, self._reporter.figures
+        progress, figures = self._meter.sweep_progress, self._figures
         return SessionStatus(
             Phase.STEPPED_ASIDE if self._failed else self._order.phase,
             self._iteration,
@@ -266,10 +266,20 @@ class Session:
         # One that holds from an iteration which is over already came late. That harms nothing: it holds from now on.
         if newest is not self._order and newest.from_iteration <= number:
             self._obey(newest, number)
-        figures = self._conversation.figures
-        if figures is not self._figures_handed_on:
-            self._figures_handed_on = figures
-            for name, value in Figures.decode(figures).metrics().items():
+        self._hand_on_figures()
+
+    def _hand_on_figures(self) -> None:
+        """To the user's metrics, where this rank keeps them, and to whoever asks for the status."""
+        if self._rank_zero is not None:
+            figures = self._reporter.figures
+        elif self._conversation.figures is not self._figures_as_sent:
+            self._figures_as_sent = self._conversation.figures
+            figures = Figures.decode(self._figures_as_sent)
+        else:
+            return
+        if figures is not self._figures:
+            self._figures = figures
+            for name, value in figures.metrics().items():
                 self._announcer.measure(name, value)
 
     def _obey(self, order: Order, number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -423,7 +424,8 @@ def run_configs(paths: list[str]) -> dict[str, Any]:
         config.update(batch_config(4))
         engine = make_engine(config, 2)
         batches = data(engine)
-        values = [engine.train_batch(batches).item() for _ in range(3)]
+        is_open = functools.partial(_is_open, engine)
+        values = [engine.train_batch(batches).item() for _ in iterations_until(is_open, least=3)]
         session = session_of(engine)
         settings = session._settings
         seen[path] = {
@@ -435,3 +437,7 @@ def run_configs(paths: list[str]) -> dict[str, Any]:
         engine.destroy()
     stop()
     return seen
+
+
+def _is_open(engine: Any) -> bool:
+    return phase_of(session_of(engine)) not in ("", "opening")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,8 @@ def run_argument_files(paths: list[str]) -> dict[str, Any]:
         settings = settings_of(parser.parse_args(Path(path).read_text().split()))
         training = Training(Sizes(2), TEXT)
         followed = perseus_megatron.enable(settings, training.model)
-        losses = [training.step(2) for _ in range(3)]
+        is_open = functools.partial(_is_open, followed)
+        losses = [training.step(2) for _ in iterations_until(is_open, least=3)]
         session: Any = followed.session
         seen[path] = {
             "losses": losses,
@@ -236,6 +238,10 @@ def run_argument_files(paths: list[str]) -> dict[str, Any]:
         parallel_state.destroy_model_parallel()
     stop()
     return seen
+
+
+def _is_open(followed: Any) -> bool:
+    return phase_of(followed.session) not in ("", "opening")
 
 
 def train_without_gpus() -> dict[str, Any]:

@@ -47,7 +47,7 @@ class FaultyJob:
         spare_descriptors: how many a rank can still open when the session opens; 0: as many as usual.
         has_own_store: the store is in a process of its own, not in rank 0's.
         has_networks: each rank is in a network of its own, joined by a cable, and its host's name is 127.0.1.1.
-        uid: ranks run as this user; -1: as ours.
+        has_no_users: the machine knows no user, so that nobody has a home folder.
         without: environment variables that are absent.
     """
 
@@ -63,7 +63,7 @@ class FaultyJob:
     spare_descriptors: int = 0
     has_own_store: bool = False
     has_networks: bool = False
-    uid: int = -1
+    has_no_users: bool = False
     without: list[str] = field(default_factory=list)
 
 
@@ -125,6 +125,11 @@ class RunningJob:
     def losses(self, rank: int) -> list[float]:
         """Of all iterations of a rank that has ended."""
         return json.loads((Path(self.job.out) / f"rank{rank}.json").read_text())["losses"]
+
+    def num_calls_of_dead_store(self, rank: int) -> int:
+        """For each, torch writes a warning of many lines to stderr."""
+        lines = (Path(self.job.out) / f"rank{rank}.stderr").read_text().splitlines()
+        return sum("TCPStore.cpp" in line and "failed on" in line for line in lines)
 
     def longest_call_s(self) -> float:
         """The longest call of any session by any training thread."""
@@ -257,8 +262,9 @@ def _run_rank(rank: int, job: FaultyJob) -> None:
         _enter_network(rank, job)
     else:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    if job.uid >= 0:
-        os.setuid(job.uid)
+    if job.has_no_users:
+        _unshare(_CLONE_NEWNS)
+        _cover("/etc/passwd", Path(job.out) / f"passwd{rank}", "")
     _train(rank, job)
 
 
@@ -399,12 +405,12 @@ def _leave_descriptors(number: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
-# Networks of our own
+# Networks and files of our own
 
 _ADDRESSES = ("10.231.77.1", "10.231.77.2")
 
 
-def may_have_networks() -> bool:
+def may_have_namespaces() -> bool:
     """Whether this process may make namespaces and join them by a cable."""
     commands = "ip link set lo up && ip link add perseus0 type veth peer name perseus1 && mount --make-rprivate /"
     try:
@@ -417,13 +423,10 @@ def may_have_networks() -> bool:
 
 def _enter_network(rank: int, job: FaultyJob) -> None:
     """Two ranks, each in namespaces of its own, which end with it. As on Debian, a host's name is 127.0.1.1 there."""
-    names, out = ("perseus-a", "perseus-b"), Path(job.out)
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.unshare(_CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-    name = names[rank]
-    assert libc.sethostname(name.encode(), len(name)) == 0
-    hosts = out / f"hosts{rank}"
-    hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+    name, out = ("perseus-a", "perseus-b")[rank], Path(job.out)
+    _unshare(_CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWNET)
+    assert ctypes.CDLL(None).sethostname(name.encode(), len(name)) == 0
+    _cover("/etc/hosts", out / f"hosts{rank}", f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
     _write(out / f"network{rank}", "")
     other = out / f"network{1 - rank}"
     while not other.exists():
@@ -434,12 +437,22 @@ def _enter_network(rank: int, job: FaultyJob) -> None:
         _write(out / "cable", "")
     while not (out / "cable").exists():
         time.sleep(0.01)
-    _do("mount", "--make-rprivate", "/")
-    _do("mount", "--bind", str(hosts), "/etc/hosts")
     _do("ip", "link", "set", "lo", "up")
     _do("ip", "address", "add", f"{_ADDRESSES[rank]}/24", "dev", f"perseus{rank}")
     _do("ip", "link", "set", f"perseus{rank}", "up")
     os.environ["GLOO_SOCKET_IFNAME"] = f"perseus{rank}"  # for training's own groups
+
+
+def _unshare(namespaces: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(namespaces) == 0, os.strerror(ctypes.get_errno())
+    _do("mount", "--make-rprivate", "/")
+
+
+def _cover(path: str, with_file: Path, content: str) -> None:
+    """This process and its children see another file instead."""
+    with_file.write_text(content)
+    _do("mount", "--bind", str(with_file), path)
 
 
 def _do(*command: str) -> None:

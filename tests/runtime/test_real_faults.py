@@ -16,7 +16,7 @@ import pytest
 from perseus_core.gpu import simulated
 from perseus_core.gpu.simulated.description import Description
 from tests.conftest import REPOSITORY
-from tests.runtime.faulty_job import FaultyJob, RunningJob, may_have_networks, start
+from tests.runtime.faulty_job import FaultyJob, RunningJob, may_have_namespaces, start
 
 pytest.importorskip("torch")
 
@@ -112,7 +112,7 @@ def test_with_eight_descriptors_left_training_keeps_its_own(start_job: Start, pl
     assert locked_gpus(running) == []
 
 
-@pytest.mark.skipif(not may_have_networks(), reason="no right to make network namespaces")
+@pytest.mark.skipif(not may_have_namespaces(), reason="no right to make namespaces")
 def test_hosts_whose_names_are_loopback_addresses(start_job: Start) -> None:
     """Two networks joined by a cable; what a host's own name says is of no use to the other."""
     alone = start_job({"enabled": False}, num_ranks=2, iterations=PLAIN_ITERATIONS, works=False)
@@ -201,12 +201,26 @@ def test_the_store_is_gone(start_job: Start, plain: RunningJob, time_: int) -> N
     assert running.stop() == [0, 0, 0]
     assert_unharmed(running, plain)
     assert ["store cannot be reached" in line for line in running.warnings()] == [True], running.warnings()
+    # Each would be one more long warning of torch's own.
+    assert max(running.num_calls_of_dead_store(rank) for rank in range(3)) <= 1
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a job as another user")
+def test_the_store_hangs(start_job: Start, plain: RunningJob) -> None:
+    """Calls of side threads do not come back, and training ends as if nothing were."""
+    running = start_job(has_own_store=True)
+    running.wait_for_plan()
+    os.kill(running.pid("store"), signal.SIGSTOP)
+    running.wait_for_iterations(4 * MORE)
+    assert running.stop() == [0, 0, 0]
+    assert_unharmed(running, plain)
+    assert len(running.warnings()) <= 1, running.warnings()
+    assert locked_gpus(running) == []
+
+
+@pytest.mark.skipif(not may_have_namespaces(), reason="no right to make namespaces")
 def test_no_home_folder(start_job: Start, plain: RunningJob) -> None:
     """A user whom the machine does not know, with no HOME: profiles are not kept."""
-    running = start_job({"profile_cache": "auto"}, uid=54321, without=["HOME", "XDG_CACHE_HOME"])
+    running = start_job({"profile_cache": "auto"}, has_no_users=True, without=["HOME", "XDG_CACHE_HOME"])
     _assert_plan_in_spite(running, plain)
 
 

@@ -203,7 +203,7 @@ class Conversation:
         self._fetch_plan(self.order)
         if self._wants_figures and news.figures != self._figures_number:
             self._figures_number = news.figures
-            self.figures = self._store.read(FIGURES) or b""
+            self.figures = self._store.read(FIGURES) or self.figures
         if not self.order.number:
             self._look_for_rank_zero()
         return 0.0 if leaving else self._period_s

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from perseus_core.runtime.ranks.store import MAX_BYTES, LocalStore, Store, StoreError, TorchStore, job_store
+from tests.conftest import REPOSITORY
 
 BINARY = bytes(range(256)) * 3
 # Whoever waits so long waits for good.
@@ -254,23 +255,41 @@ def test_a_host_that_dies_ends_a_call_that_waits_for_its_answer(
         asked.result(HANGS_S)
 
 
+_COUNTING = """
+import sys, threading
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from perseus_core.runtime.ranks.store import TorchStore
+
+client = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, is_master=False, timeout=timedelta(seconds=60))
+client.set("warm", "up")
+
+def opened():
+    descriptors = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sorted(str(link.readlink()) for link in descriptors), len(list(Path("/proc/self/task").iterdir()))
+
+before = opened()
+store = TorchStore(client, "counting")
+store.append("round", b"1")
+store.set("news", b"2")
+assert store.is_first("unheard")
+assert (store.read("round"), store.read("absent")) == (b"1", None)
+store.delete("round")
+assert opened() == before, (before, opened())
+assert any(name.startswith("socket:") for name in before[0]), "the job's own connection"
+print("nothing")
+"""
+
+
 def test_nothing_is_opened_for_it(host: Any) -> None:
-    """No connection, no listener, no thread: the store's host has no descriptor to spare for each rank."""
-    client = client_of(host)
-    client.set("warm", "up")
+    """No connection, no listener, no thread: the store's host has no descriptor to spare for each rank.
 
-    def opened() -> tuple[list[str], int]:
-        descriptors = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-        return sorted(str(link.readlink()) for link in descriptors), threading.active_count()
-
-    before = opened()
-    store = TorchStore(client, f"test{next(_prefixes)}")
-    store.append("round", b"1")
-    store.set("news", b"2")
-    assert store.is_first("unheard")
-    assert (store.read("round"), store.read("absent")) == (b"1", None)
-    store.delete("round")
-    assert opened() == before
+    In a process of its own, in which nobody else opens anything.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", _COUNTING, str(host.port)]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert finished.stdout == "nothing\n", finished.stderr
 
 
 def test_a_store_of_files_is_refused_with_the_remedy(tmp_path: Path) -> None:
