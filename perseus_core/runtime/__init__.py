@@ -48,6 +48,7 @@ Phases of a job, `ranks/order.Phase`:
                                                           -> recheck -> collect or measure only
     and from any of them -> stepped aside, when something of ours failed: training goes on without us.
 
-Rooms import each other one way: `measure` and `clock` know nothing of other ranks; `ranks` builds on `measure`;
-`replan` on both; what lies in this folder on all of them.
+Rooms import each other one way: `ranks`, `measure` and `clock` know nothing of each other, but that the clock follows
+the marks of `measure`; `replan` builds on all three; what lies in this folder on all of them. `tests/test_layers.py`
+holds it.
 """

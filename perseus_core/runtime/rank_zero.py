@@ -35,8 +35,10 @@ from perseus_core.runtime.replan.plan_message import PlanMessage
 from perseus_core.runtime.reporter import Figures, Reporter
 from perseus_core.runtime.side_threads import SideThread, SideThreads
 
-# All ranks open their sessions at the same iteration.
+# All ranks open their sessions at the same iteration. A session that gets no answer from its GPU's driver says that it
+# is ready without one long before the second limit.
 _OPENING_LIMIT_S = 10.0
+_READY_LIMIT_S = 60.0
 # Within one round every rank has heard of an order; twice as much for threads that come late. Hosts of ranks run ahead
 # of each other by an iteration or two.
 _ROUNDS_TO_BE_HEARD = 2
@@ -92,7 +94,7 @@ class RankZero:
         self._table = JobTable(world_size)
         self._decisions: Decisions | None = None
         self._news = News()
-        self._order = Order()
+        self._order = Order(store_speaker=1 if store.is_hosted_here else 0)
         self._figures = reporter.figures
         self._plans: dict[int, PlanMessage] = {}
         self._offered = 0
@@ -154,20 +156,22 @@ class RankZero:
         self._store.delete(round_key(closed - _ROUNDS_UNTIL_GONE))
 
     def _open(self, now_s: float) -> float | None:
-        table = self._table
-        absent = table.absent_ranks()
-        given_up = table.ranks_with(StateFlag.FAILED)
-        in_vain = now_s - self._opened_s > _OPENING_LIMIT_S or bool(table.present.all())
-        if given_up or (absent and in_vain):
-            if not given_up:  # those have said why
+        table, since_s = self._table, now_s - self._opened_s
+        absent, has_failed = table.absent_ranks(), bool(table.ranks_with(StateFlag.FAILED))
+        not_ready = sorted({*table.ranks_without(StateFlag.READY), *table.ranks_with(StateFlag.LEFT)})
+        missing: Sequence[int] = absent if table.present.all() or since_s > _OPENING_LIMIT_S else ()
+        if since_s > _READY_LIMIT_S:
+            missing = absent or not_ready
+        if has_failed or missing:
+            if not has_failed:  # that rank has said why
                 self._announcer.warn(
                     "%s no session of this version: perseus is missing, switched off, failed or another one there; "
                     "training goes on without it",
-                    _have(absent),
+                    _have(missing),
                 )
             self._step_aside(0)
             return None
-        if not absent and table.which(StateFlag.READY).all():
+        if not absent and not not_ready:
             self._begin()
         return self._period_s
 
@@ -188,16 +192,16 @@ class RankZero:
         soonest = max(self._soonest(now_s), decisions.from_iteration)
         conclusions = decisions.conclude(soonest, self._offered)
         plans = self._plans_that_run(decisions, conclusions)
-        order = Order(
-            self._order.number,
-            decisions.phase,
-            decisions.from_iteration,
-            plans,
-            self._offered,
-            decisions.collection,
-            decisions.reason,
-            decisions.baseline,
-            min(conclusions.aside, default=self._order.speaker),
+        order = replace(
+            self._order,
+            phase=decisions.phase,
+            from_iteration=decisions.from_iteration,
+            plans=plans,
+            offered=self._offered,
+            collection=decisions.collection,
+            reason=decisions.reason,
+            baseline=decisions.baseline,
+            speaker=min(conclusions.aside, default=self._order.speaker),
         )
         self._reporter.tell(decisions, conclusions, replace(order, plans=plans or self._order.plans))
         self._publish(order)
@@ -232,8 +236,8 @@ class RankZero:
         return () if decisions.phase in (Phase.MEASURE_ONLY, Phase.STEPPED_ASIDE) else plans
 
     def _have_planned(self, decisions: Decisions, conclusions: Conclusions) -> None:
-        if conclusions.verdict is not None:
-            self._last_verdict_s = conclusions.verdict.time_s
+        if conclusions.verdicts:
+            self._last_verdict_s = conclusions.verdicts[-1].time_s
         slowdown = float(self._table.straggler_slowdown.max())
         if self.planner is None:
             return
@@ -272,7 +276,7 @@ class RankZero:
         iteration = self._iteration()
         then_s, then = self._progress[0]
         per_s = (iteration - then) / (now_s - then_s) if now_s > then_s else 0.0
-        return iteration + _MOST_ITERATIONS_APART + math.ceil(_ROUNDS_TO_BE_HEARD * self._period_s * per_s)
+        return iteration + _MOST_ITERATIONS_APART + max(1, math.ceil(_ROUNDS_TO_BE_HEARD * self._period_s * per_s))
 
     def _publish(self, order: Order) -> None:
         if self._order.number and order == self._order:

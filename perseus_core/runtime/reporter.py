@@ -144,8 +144,8 @@ class Reporter:
                 warn("without a plan iterations are faster: clocks are left to the driver from now on")
         if conclusions.slow_rank is not None:
             self._tell_slow(conclusions.slow_rank)
-        if conclusions.verdict is not None:
-            self._judge(decisions, conclusions.verdict, plan)
+        for verdict in conclusions.verdicts:
+            self._judge(decisions, verdict, plan)
         if conclusions.phase_changed and decisions.phase is Phase.COLLECT and order.plans:
             if decisions.reason is Reason.SPEED_CHANGED:
                 say("planning anew for the speed that the GPUs have now")

@@ -94,6 +94,7 @@ class Session:
         self._record_event = events.record
         self._threads, self._guard = threads, guard
         self._announcer = announcer
+        self._iteration = 0
         self._opened_s = threads.now_s()
         self._preparing: Future[Prepared] | None = threads.run(prepare)
         self._prepared = Prepared()
@@ -122,7 +123,6 @@ class Session:
                 iteration=lambda: self._iteration,
             )
 
-        self._iteration = 0
         self._record: Record | None = None
         self._order = Order()  # the one in force
         self._awaited = Order()  # the newest, which may hold from a later iteration on
@@ -255,6 +255,8 @@ class Session:
         self._take_prepared()
         if self._conversation.failure is not None:
             raise self._conversation.failure
+        if self._conversation.is_stuck():
+            raise StoreError("the job's rendezvous store has not answered for a minute of training")
         if self._rank_zero is not None and self._rank_zero.failure is not None:
             raise self._rank_zero.failure
         newest = self._conversation.order
@@ -442,8 +444,7 @@ class Session:
         rank = self._job.rank
         if isinstance(error, RankZeroUnheard) and not error.is_first:
             return
-        # Where the store is gone nobody can agree on who speaks. Rank 0 may be gone with it.
-        if isinstance(error, StoreError) and rank > 1:
+        if isinstance(error, StoreError) and rank != self._awaited.store_speaker:
             return
         logger.warning("rank %d: %s: %s; training goes on without perseus", rank, type(error).__name__, error)
 

@@ -338,6 +338,7 @@ class _SlowStore:
         self._store = store
         self._threads = threads
         self._delays_s = delays_s
+        self.is_hosted_here = store.is_hosted_here
 
     def append(self, key: str, value: bytes) -> None:
         self._take_time()

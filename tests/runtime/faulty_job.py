@@ -47,8 +47,7 @@ class FaultyJob:
         spare_descriptors: how many a rank can still open when the session opens; 0: as many as usual.
         has_own_store: the store is in a process of its own, not in rank 0's.
         has_networks: each rank is in a network of its own, joined by a cable, and its host's name is 127.0.1.1.
-        has_no_users: the machine knows no user, so that nobody has a home folder.
-        without: environment variables that are absent.
+        has_no_home: the machine does not know the user, and HOME is not set.
     """
 
     node: str
@@ -63,8 +62,7 @@ class FaultyJob:
     spare_descriptors: int = 0
     has_own_store: bool = False
     has_networks: bool = False
-    has_no_users: bool = False
-    without: list[str] = field(default_factory=list)
+    has_no_home: bool = False
 
 
 class RunningJob:
@@ -210,8 +208,6 @@ def _serve() -> None:
 def _lead(job: FaultyJob) -> None:
     from perseus_core.gpu import simulated
 
-    for name in job.without:
-        os.environ.pop(name, None)
     os.environ[simulated.ENVIRONMENT_VARIABLE] = job.node
     simulated.install()
     who = [f"rank{rank}" for rank in range(job.num_ranks)]
@@ -262,9 +258,8 @@ def _run_rank(rank: int, job: FaultyJob) -> None:
         _enter_network(rank, job)
     else:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    if job.has_no_users:
-        _unshare(_CLONE_NEWNS)
-        _cover("/etc/passwd", Path(job.out) / f"passwd{rank}", "")
+    if job.has_no_home:
+        _forget_users()
     _train(rank, job)
 
 
@@ -405,7 +400,19 @@ def _leave_descriptors(number: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
-# Networks and files of our own
+def _forget_users() -> None:
+    """As in a container that runs with a user number of its own."""
+    import pwd
+
+    def getpwuid(uid: int) -> Any:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    pwd.getpwuid = getpwuid
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        os.environ.pop(name, None)
+
+
+# Networks of our own
 
 _ADDRESSES = ("10.231.77.1", "10.231.77.2")
 
@@ -424,9 +431,13 @@ def may_have_namespaces() -> bool:
 def _enter_network(rank: int, job: FaultyJob) -> None:
     """Two ranks, each in namespaces of its own, which end with it. As on Debian, a host's name is 127.0.1.1 there."""
     name, out = ("perseus-a", "perseus-b")[rank], Path(job.out)
-    _unshare(_CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWNET)
-    assert ctypes.CDLL(None).sethostname(name.encode(), len(name)) == 0
-    _cover("/etc/hosts", out / f"hosts{rank}", f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(_CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+    assert libc.sethostname(name.encode(), len(name)) == 0
+    hosts = out / f"hosts{rank}"
+    hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+    _do("mount", "--make-rprivate", "/")
+    _do("mount", "--bind", str(hosts), "/etc/hosts")
     _write(out / f"network{rank}", "")
     other = out / f"network{1 - rank}"
     while not other.exists():
@@ -441,18 +452,6 @@ def _enter_network(rank: int, job: FaultyJob) -> None:
     _do("ip", "address", "add", f"{_ADDRESSES[rank]}/24", "dev", f"perseus{rank}")
     _do("ip", "link", "set", f"perseus{rank}", "up")
     os.environ["GLOO_SOCKET_IFNAME"] = f"perseus{rank}"  # for training's own groups
-
-
-def _unshare(namespaces: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.unshare(namespaces) == 0, os.strerror(ctypes.get_errno())
-    _do("mount", "--make-rprivate", "/")
-
-
-def _cover(path: str, with_file: Path, content: str) -> None:
-    """This process and its children see another file instead."""
-    with_file.write_text(content)
-    _do("mount", "--bind", str(with_file), path)
 
 
 def _do(*command: str) -> None:

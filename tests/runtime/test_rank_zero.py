@@ -211,11 +211,11 @@ def test_rank_zero_is_heard_of_at_once() -> None:
 
 
 def test_the_job_begins_when_all_ranks_are_there_and_have_looked_for_their_gpus() -> None:
-    """However long a driver takes."""
+    """A driver may take its time."""
     job = Job()
     job.hello(range(4))
     job.tell_state(0, 1, 2)
-    job.until_s(60)
+    job.until_s(50)
     assert job.order.phase is Phase.OPENING
     job.tell_state(3)
     job.rounds()

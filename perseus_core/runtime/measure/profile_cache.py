@@ -64,6 +64,7 @@ class ProfileCache:
     def __init__(self, folder: str | Path) -> None:
         """Uses a folder, which is made when the first file is written."""
         self._folder = Path(folder)
+        self._has_complained = False
 
     def load(self, key: ProfileKey) -> JobMeasurements | None:
         """The measurements of a key, or None; one log line says why a file that is there was of no use."""
@@ -80,6 +81,7 @@ class ProfileCache:
             return None
         except (OSError, ValueError, OverflowError) as error:
             _log.warning("profile cache not used, profiling again: %s", error)
+            self._has_complained = True
             return None
         return measurements
 
@@ -90,4 +92,5 @@ class ProfileCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_document(path, _FORMAT, _VERSION, {"key": key.as_text(), "job": measurements.to_document()})
         except (OSError, ValueError) as error:
-            _log.warning("profile not cached, the next start will profile again: %s", error)
+            if not self._has_complained:
+                _log.warning("profile not cached, the next start will profile again: %s", error)

@@ -40,6 +40,9 @@ _RANKS_PER_REPORT_KEY = 512
 # does not take part.
 RANK_ZERO_LIMIT_S = 10.0
 _RANK_ZERO_ITERATIONS = 2
+# Training may hold the connection to the store for minutes, where it waits for other ranks; then it does not go on.
+_STUCK_S = 60.0
+_STUCK_ITERATIONS = 16
 # Records that are told again and again, because this thread is always late, are worth no more than this.
 _MOST_UNCONFIRMED_BYTES = 2048 * records.RECORD.itemsize
 
@@ -130,7 +133,8 @@ class Conversation:
         self._wants_figures = wants_figures
         self._rounds_open = rounds_kept_open(world_size)
         self._period_s = talking_period_s(world_size)
-        self._opened_s = threads.now_s()
+        self._opened_s = self._talked_s = threads.now_s()
+        self._talked_at_iteration = iteration()
         self._thread: SideThread | None = None
         self._figures_number = 0
         self._new: deque[bytes] = deque([records.hello(rank, stage, data_parallel_rank)])
@@ -164,6 +168,13 @@ class Conversation:
     def plan(self, number: int) -> bytes | None:
         """This stage's part of a plan, if it has arrived."""
         return self._plans.get(number)
+
+    def is_stuck(self) -> bool:
+        """Whether the store has not answered for long although training went on: then nobody watches this plan."""
+        return (
+            self._threads.now_s() - self._talked_s > _STUCK_S
+            and self._iteration() - self._talked_at_iteration > _STUCK_ITERATIONS
+        )
 
     def leave(self, state: RankState) -> None:
         """Tells this last state and says no more; at once, beside training."""
@@ -206,6 +217,7 @@ class Conversation:
             self.figures = self._store.read(FIGURES) or self.figures
         if not self.order.number:
             self._look_for_rank_zero()
+        self._talked_s, self._talked_at_iteration = self._threads.now_s(), self._iteration()
         return 0.0 if leaving else self._period_s
 
     def _look(self) -> News:

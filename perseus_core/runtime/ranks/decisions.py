@@ -52,7 +52,7 @@ class Conclusions:
         applied: number of the plan that all ranks run from `Decisions.from_iteration` on; 0 for none.
         slow_rank: a GPU has become slower than its profile.
         wanted_microbatches: iterations of so many microbatches come often and have no plan; 0 for none.
-        verdict: of the plan that runs.
+        verdicts: of the plan that runs, in order.
         aside: ranks because of which all stop.
     """
 
@@ -61,7 +61,7 @@ class Conclusions:
     applied: int = 0
     slow_rank: SlowRank | None = None
     wanted_microbatches: int = 0
-    verdict: Verdict | None = None
+    verdicts: tuple[Verdict, ...] = ()
     aside: tuple[int, ...] = ()
 
 
@@ -209,7 +209,8 @@ class Decisions:
             conclusions.slow_rank = conclusions.slow_rank or slow
         if self.phase is Phase.RUN and self._watch is not None:
             if num_microbatches == self._watch.plan.num_microbatches:
-                conclusions.verdict = self._watch.note(iteration, time_s) or conclusions.verdict
+                verdict = self._watch.note(iteration, time_s)
+                conclusions.verdicts += () if verdict is None else (verdict,)
             else:
                 self._count_other(num_microbatches, conclusions)
 
@@ -305,6 +306,7 @@ class Decisions:
         """Plans did not keep their promise, or a clock cannot be set: clocks are left to the driver for good."""
         self._enter(Phase.MEASURE_ONLY, soonest)
         self.plan, self._watch = 0, None
+        self._baseline_iterations.clear()
 
     def _start_collection(self, reason: Reason, soonest: int) -> None:
         self.collection += 1
@@ -312,7 +314,7 @@ class Decisions:
         self._enter(Phase.COLLECT, soonest)
 
     def _react(self, soonest: int, conclusions: Conclusions) -> None:
-        verdict = conclusions.verdict
+        verdict = conclusions.verdicts[-1] if conclusions.verdicts else None
         if self._speeds.has_changed:
             self._speeds.react()
             self._is_speed_corrected = True

@@ -67,6 +67,7 @@ class Order:
         reason: what the newest collection is for.
         baseline: of the job, once it is measured.
         speaker: the rank that knows why all step aside, and says it; -1 for none.
+        store_speaker: the rank that says so when the store is gone: not the one with which it goes.
     """
 
     number: int = 0
@@ -78,6 +79,7 @@ class Order:
     reason: Reason = Reason.PROFILED
     baseline: Baseline | None = None
     speaker: int = -1
+    store_speaker: int = 1
 
     @property
     def usual_microbatches(self) -> int:

@@ -93,6 +93,7 @@ class SpeedWatch:
         slowest = int(slowness.argmax())
         # Tensor-parallel ranks end together with the slowest of them: the one whose GPU says why is meant.
         as_slow = (self._stages == self._stages[slowest]) & (slowness > slowness[slowest] - _AS_SLOW)
+        as_slow &= slowness > self._threshold
         if (as_slow & held).any():
             slowest = int((as_slow & held).argmax())
         if slowness[slowest] <= self._threshold or self._flagged[slowest]:

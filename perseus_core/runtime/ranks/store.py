@@ -30,6 +30,10 @@ class Store(Protocol):
     answered.
     """
 
+    @property
+    def is_hosted_here(self) -> bool:
+        """Whether it ends with this process."""
+
     def append(self, key: str, value: bytes) -> None:
         """Adds to the end of a key's value."""
 
@@ -62,11 +66,15 @@ class TorchStore:
         from torch.distributed import distributed_c10d
 
         if not getattr(store, "has_extended_api", lambda: False)():
+            kind = type(_innermost(store)).__name__
             raise StoreError(
-                f"the job's rendezvous store ({_name(store)}) cannot append to a key; start the job with torchrun or "
-                "env:// (a TCPStore)"
+                f"the job's rendezvous store ({kind}) cannot append to a key; start the job with torchrun or env:// (a "
+                "TCPStore)"
             )
         self._store: Any = distributed_c10d.PrefixStore(prefix, store)
+        self._gone: StoreError | None = None
+        # A TCPStore tells only in words whether it has a server beside its client.
+        self.is_hosted_here = "server=TCPServer" in repr(_innermost(store))
 
     def append(self, key: str, value: bytes) -> None:
         """See `Store`."""
@@ -89,16 +97,17 @@ class TorchStore:
         """See `Store`."""
         return bool(self._call(self._store.add, key, 1) == 1)
 
-    @staticmethod
-    def _call(call: Any, key: str, *values: Any) -> Any:
-        assert all(len(value) <= MAX_BYTES for value in values if isinstance(value, bytes)), (
-            "whoever has more sends it in parts"
-        )
+    def _call(self, call: Any, key: str, *values: Any) -> Any:
+        if self._gone is not None:  # torch prints its own stack at each call on a connection that is gone
+            raise self._gone
+        if any(isinstance(value, bytes) and len(value) > MAX_BYTES for value in values):
+            raise StoreError(f"{key}: more than the rendezvous store takes at once; please report")
         try:
             return call(key, *values)
         except RuntimeError as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise StoreError(f"the job's rendezvous store cannot be reached any more ({reason})") from error
+            self._gone = StoreError(f"the job's rendezvous store cannot be reached any more ({reason})")
+            raise self._gone from error
 
 
 class LocalStore:
@@ -106,6 +115,7 @@ class LocalStore:
 
     def __init__(self) -> None:
         """Empty."""
+        self.is_hosted_here = True
         self._values: dict[str, bytearray] = {}
         self._lock = threading.Lock()
 
@@ -157,8 +167,7 @@ def job_store(prefix: str) -> TorchStore:
     return TorchStore(store, prefix)
 
 
-def _name(store: Any) -> str:
-    inner = store
-    while hasattr(inner, "underlying_store"):
-        inner = inner.underlying_store
-    return type(inner).__name__
+def _innermost(store: Any) -> Any:
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store

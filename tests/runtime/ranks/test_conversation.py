@@ -675,8 +675,8 @@ def test_a_store_that_is_gone_when_rank_zero_is_found_to_be_unheard_of_does_no_h
     assert line.startswith("rank 1: StoreError: ")
 
 
-def test_a_store_that_is_gone_is_said_by_few(caplog: pytest.LogCaptureFixture) -> None:
-    """Where nobody can agree on who speaks, ranks 0 and 1 do: one of them is left when the other's host is gone."""
+def test_a_store_that_is_gone_is_said_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Where nobody can agree any more on who speaks it is rank 1, until rank 0 has said otherwise."""
     store = WatchedStore()
     ranks = [Listening(store, rank) for rank in (1, 2, 3)]
     for rank in ranks:

@@ -308,7 +308,7 @@ def test_a_plan_that_is_too_slow_is_corrected_a_few_times_and_then_dropped() -> 
         for _ in range(3):
             job.iterate(span_s=1.1)
         conclusions = job.iterate(span_s=1.1)
-        assert conclusions.verdict is not None and conclusions.verdict.is_slow
+        assert conclusions.verdicts[-1].is_slow
         assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.SLOWER)
         assert job.collect().collect_now
         job.run_plan(number)
@@ -559,10 +559,10 @@ def test_a_plan_for_another_number_of_microbatches_is_not_the_one_to_be_judged()
     """Iterations of the usual number are judged as before, by their own plan."""
     job = profiled_job()
     job.run_plan(2, num_microbatches=4)
-    verdicts = [job.iterate(num_microbatches=4, span_s=9.0).verdict for _ in range(4)]
-    assert verdicts == [None] * 4
-    judged = [job.iterate(span_s=1.1).verdict for _ in range(4)]
-    assert [verdict.is_slow for verdict in judged if verdict is not None] == [False, True]
+    verdicts = [job.iterate(num_microbatches=4, span_s=9.0).verdicts for _ in range(4)]
+    assert verdicts == [()] * 4
+    judged = [job.iterate(span_s=1.1).verdicts for _ in range(4)]
+    assert [verdict.is_slow for verdicts in judged for verdict in verdicts] == [False, True]
 
 
 def test_a_plan_is_applied_when_the_one_that_runs_is_another() -> None:
