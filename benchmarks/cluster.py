@@ -2,19 +2,22 @@
 
     python -m benchmarks.cluster [--stages 8] [--pipelines 64] [--tensor-parallel 8] [--microbatches 4] [--seed 1]
 
-The runtime's code runs as it is (`tests/cluster`). Printed are the log in virtual time, in which iteration ranks begin to
-follow each plan, and what it took of this machine. The last line is a fingerprint of the log, of all iteration times and
-of the energy of all GPUs: the same seed gives the same one.
+The runtime's code runs as it is (`tests/cluster`). Printed are the log in virtual time, in which iteration ranks begin
+to follow each plan, and what it took of this machine. The last line is a fingerprint of the log, of all iteration times
+and of the energy of all GPUs: the same seed gives the same one.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import resource
 import time
 from collections import Counter
+from pathlib import Path
 
+from perseus_core.gpu.simulated.description import Description
 from perseus_core.runtime.session import Session
 from perseus_core.runtime.settings import Settings
 from tests.cluster.cluster import Cluster, Surroundings, real_session
@@ -24,12 +27,13 @@ SETTINGS = Settings(
     profile_cache="off",
     warmup_iterations=1,
     baseline_iterations=3,
-    profile_clocks=4,
+    profile_clocks=3,
     profile_iterations=1,
     watch_iterations=3,
     log_interval=0,
 )
 MOST_ITERATIONS = 200
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -38,7 +42,8 @@ def main() -> None:
     parser.add_argument("--pipelines", type=int, default=64)
     parser.add_argument("--tensor-parallel", type=int, default=8)
     parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--time-scale", type=float, default=1.0)
+    parser.add_argument("--time-scale", type=float, default=0.5)
+    parser.add_argument("--counter-period", type=float, default=0.2, help="of the energy counters [s]")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     began_with: dict[int, Counter[int]] = {}
@@ -68,6 +73,9 @@ def main() -> None:
         tensor_parallel=arguments.tensor_parallel,
         microbatches=arguments.microbatches,
         time_scale=arguments.time_scale,
+        gpus=dataclasses.replace(
+            Description.load(REPOSITORY / "configs/gpus/a100.json"), energy_counter_period_s=arguments.counter_period
+        ),
         settings=SETTINGS,
         make_session=make_session,
     )

@@ -120,7 +120,7 @@ class Cluster:
         absent_ranks: Collection[int] = (),
         schedule: Callable[[int, int], Schedule] = one_f_one_b,
         profile: Profile | str = "gpt3-175b_a100_8stages.csv",
-        gpus: str = "a100.json",
+        gpus: Description | str = "a100.json",
         time_scale: float = 0.25,
         tail_share: float = 0.05,
         time_noise: float = 0.003,
@@ -138,7 +138,7 @@ class Cluster:
             absent_ranks: those that never open one.
             schedule: of a number of stages and of microbatches.
             profile: that the GPUs follow, or a file of `configs/profiles`; its stages are spread over the job's.
-            gpus: file of `configs/gpus` that describes them.
+            gpus: what describes them, or a file of `configs/gpus`.
             time_scale: multiplies the profile's times and energies.
             tail_share: from the last instruction's end to the iteration's, as a share of one stage's work.
             time_noise: of one execution's time, relative standard deviation.
@@ -153,7 +153,9 @@ class Cluster:
         plan = schedule(stages, microbatches)
         if isinstance(profile, str):
             profile = Profile.load(_CONFIGS / "profiles" / profile)
-        models = _stage_models(plan, Description.load(_CONFIGS / "gpus" / gpus), profile, time_scale)
+        if isinstance(gpus, str):
+            gpus = Description.load(_CONFIGS / "gpus" / gpus)
+        models = _stage_models(plan, gpus, profile, time_scale)
         work_s = max(sum(model.times_s[0]) for model in models) * microbatches
         self.job = VirtualJob(
             self.queue, plan, tail_s=tail_share * work_s, time_noise=time_noise, random_numbers=self._random

@@ -141,7 +141,7 @@ class Conversation:
         self._reports: deque[tuple[int, bytes]] = deque()
         self._state = RankState()
         self._reported = self._received = 0
-        self._told_state: RankState | None = None
+        self._told_state: tuple[RankState, int, int] | None = None
         self._unconfirmed = b""
         self._appended_to = -1
         self._plans: dict[int, bytes] = {}
@@ -243,10 +243,11 @@ class Conversation:
         new = [self._unconfirmed]
         while self._new:
             new.append(self._new.popleft())
-        state = replace(self._state, reported=self._reported, received=self._received)
+        state = (self._state, self._reported, self._received)
         if state != self._told_state:
             self._told_state = state
-            new.append(records.state(self._rank, state))
+            told = replace(self._state, reported=self._reported, received=self._received)
+            new.append(records.state(self._rank, told))
         self._unconfirmed = b"".join(new)[-_MOST_UNCONFIRMED_BYTES:]
         if not self._unconfirmed:
             return False
