@@ -597,14 +597,13 @@ def _print(found: Sequence[dict[str, Any]]) -> None:
 
 def _print_descriptors() -> None:
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(prefix="claims-of-clocks-") as owners:
         from perseus_core.gpu import simulated
 
         simulated.create_node(REPOSITORY / "configs/gpus/a100.json", folder)
         os.environ[simulated.ENVIRONMENT_VARIABLE] = folder
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        owners = tempfile.mkdtemp()  # not among the simulated GPUs' files, which are not counted
-        os.environ[clock_owner.FOLDER_VARIABLE] = owners
+        os.environ[clock_owner.FOLDER_VARIABLE] = owners  # not among the simulated GPUs' files: those are not counted
         links = [context.Pipe() for _ in range(4)]
         processes = [
             context.Process(target=_open_on, args=(rank, folder, links[rank][1]), daemon=True) for rank in range(4)
@@ -685,7 +684,7 @@ def _descriptors(simulated_node: str) -> Counter[str]:
         if target in listeners:
             found["listener"] += 1
         elif not target.startswith(simulated_node):
-            found[str(Path(target).parent) if target.startswith("/tmp") else target.split(":")[0]] += 1
+            found[Path(target).parent.name if "claims-of-clocks" in target else target.split(":")[0]] += 1
     return found
 
 

@@ -128,7 +128,8 @@ def test_hosts_whose_names_are_loopback_addresses(start_job: Start) -> None:
 def test_a_rank_without_a_session_is_named_soon(start_job: Start, plain: RunningJob) -> None:
     """In one line, and nobody waits for it."""
     running = start_job(absent_ranks=[2])
-    running.wait_until(lambda: running.now(0)["iteration"] >= 2, "training does not wait", ABSENCE_IS_SAID_AFTER_S)
+    running.wait_until(lambda: running.now(0)["iteration"] >= 2, "training does not wait")
+    assert running.warnings() == []
     running.wait_until(running.warnings, "the absent rank is named")
     said_after_s = time.monotonic() - running.now(0)["opened_s"]
     running.wait_for_iterations(MORE)
@@ -151,7 +152,7 @@ def test_a_rank_that_dies_before_its_first_iteration(start_job: Start, is_couple
         statuses = running.statuses()
         assert [os.waitstatus_to_exitcode(status) for status in statuses] == [1, 1, -signal.SIGKILL]
     else:
-        running.wait_until(lambda: running.warnings(), "it is said that a rank is not heard of", 60.0)
+        running.wait_until(lambda: running.warnings(), "it is said that a rank is not heard of", 100.0)
         running.wait_for_iterations(MORE, [0, 1])
     assert len(running.warnings()) <= 1, running.warnings()
     assert running.longest_call_s() < LONGEST_CALL_S
@@ -201,8 +202,9 @@ def test_the_store_is_gone(start_job: Start, plain: RunningJob, time_: int) -> N
     assert running.stop() == [0, 0, 0]
     assert_unharmed(running, plain)
     assert ["store cannot be reached" in line for line in running.warnings()] == [True], running.warnings()
-    # Each would be one more long warning of torch's own.
-    assert max(running.num_calls_of_dead_store(rank) for rank in range(3)) <= 1
+    # Each has torch write a long warning of its own. On rank 0 two threads may be at it at the same time.
+    assert [running.num_calls_of_dead_store(rank) for rank in (1, 2)] == [1, 1]
+    assert running.num_calls_of_dead_store(0) <= 2
 
 
 def test_the_store_hangs(start_job: Start, plain: RunningJob) -> None:

@@ -267,6 +267,7 @@ class ClockController:
                 # We were stopped or hung. Only now does training go on, and only now may the clock be locked again.
                 self._times_given_back = self._clock.times_given_back
                 self._in_force_mhz = None
+                self._override_watch.asked(None, self._threads.now_s())  # the driver has chosen since, nobody else
         return self._is_following
 
     def _set_wanted_clock(self) -> None:

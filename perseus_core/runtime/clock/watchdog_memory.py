@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 
@@ -18,7 +19,7 @@ class WatchdogMemory:
     def __init__(self, descriptor: int) -> None:
         """Opens the memory behind a descriptor, which stays open."""
         self.descriptor = descriptor
-        self._words = memoryview(mmap.mmap(descriptor, _BYTES)).cast("d")
+        self._words = _map(descriptor)
 
     @classmethod
     def create(cls) -> WatchdogMemory:
@@ -80,3 +81,17 @@ class WatchdogMemory:
     @may_leave.setter
     def may_leave(self, value: bool) -> None:
         self._words[_MAY_LEAVE] = value
+
+
+def _map(descriptor: int) -> memoryview[float]:
+    """The memory behind a descriptor, for as long as the process lives (`man 2 mmap`).
+
+    Python's own `mmap` keeps a second descriptor open, which some jobs have none left for.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+    address = libc.mmap(None, _BYTES, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), "the watchdog's memory cannot be mapped")
+    return memoryview((ctypes.c_char * _BYTES).from_address(address)).cast("B").cast("d")

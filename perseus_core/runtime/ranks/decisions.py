@@ -130,9 +130,12 @@ class Decisions:
         return self._speeds.slow_ranks
 
     def iteration_energy_j(self, iterations: Sequence[int]) -> float | None:
-        """Mean energy of some iterations, one GPU for each stage; None while it is not known."""
+        """Median energy of some iterations, one GPU for each stage; None while it is not known.
+
+        As of their times: an iteration in which a process was stopped for a minute says nothing of the others.
+        """
         known = [self._energy_of[i] for i in iterations if i in self._energy_of]
-        return statistics.fmean(known) if known else None
+        return statistics.median(known) if known else None
 
     def conclude(self, soonest: int, offered: int) -> Conclusions:
         """Goes through what was told since the last call, and says what follows.
@@ -189,8 +192,8 @@ class Decisions:
             del self._energy_of[old]
         is_of_baseline = iteration in self._baseline_iterations and self.phase is not Phase.RECHECK
         if is_of_baseline and self.baseline is not None:
-            mean_j = self.iteration_energy_j(list(self._baseline_iterations))
-            self.baseline = Baseline(self.baseline.num_microbatches, self.baseline.time_s, mean_j or 0.0)
+            energy_j = self.iteration_energy_j(list(self._baseline_iterations))
+            self.baseline = Baseline(self.baseline.num_microbatches, self.baseline.time_s, energy_j or 0.0)
 
     def _note_time(self, iteration: int, times: NDArray[Any], conclusions: Conclusions) -> None:
         num_microbatches = int(times["microbatches"][0])
