@@ -35,7 +35,7 @@ QUICK: dict[str, Any] = {
 # "About a second", on a machine that may be busy.
 LONGEST_CALL_S = 1.5
 ABSENCE_IS_SAID_AFTER_S = 10.0
-PLAIN_ITERATIONS = 1500
+PLAIN_ITERATIONS = 500
 # So many iterations more show that training goes on.
 MORE = 5
 
@@ -141,31 +141,25 @@ def test_a_rank_without_a_session_is_named_soon(start_job: Start, plain: Running
     assert_unharmed(running, plain)
 
 
-@pytest.mark.parametrize("is_coupled", [True, False])
-def test_a_rank_that_dies_before_its_first_iteration(start_job: Start, is_coupled: bool) -> None:
-    """A pipeline ends with the error of its own; where ranks need each other for nothing, the others go on."""
-    running = start_job(pauses_after_opening=[2], is_coupled=is_coupled)
+def test_a_rank_that_dies_before_its_first_iteration(start_job: Start) -> None:
+    """The pipeline ends with an error of its own. What becomes of ranks that train on is tested in virtual time."""
+    running = start_job(pauses_after_opening=[2])
     running.wait_until(lambda: running.now(2).get("opened_s"), "rank 2 has opened its session")
-    time.sleep(0.5)  # it has said hello
     os.kill(running.pid("rank2"), signal.SIGKILL)
-    if is_coupled:
-        statuses = running.statuses()
-        assert [os.waitstatus_to_exitcode(status) for status in statuses] == [1, 1, -signal.SIGKILL]
-    else:
-        running.wait_until(lambda: running.warnings(), "it is said that a rank is not heard of", 100.0)
-        running.wait_for_iterations(MORE, [0, 1])
+    assert [os.waitstatus_to_exitcode(status) for status in running.statuses()] == [1, 1, -signal.SIGKILL]
     assert len(running.warnings()) <= 1, running.warnings()
     assert running.longest_call_s() < LONGEST_CALL_S
-    running.kill()
 
 
 def test_a_rank_that_is_stopped_for_long_goes_on_under_the_plan(start_job: Start, plain: RunningJob) -> None:
-    """Longer than the watchdog waits. All others wait for it, as a pipeline does."""
+    """Until its watchdog has given the clock back, or longer. All others wait for it, as a pipeline does."""
     running = start_job()
     running.wait_for_plan()
     pid = running.pid("rank1")
     os.kill(pid, signal.SIGSTOP)
-    time.sleep(float(os.environ.get("PERSEUS_TEST_STOP_S", "20")))
+    gpu = simulated.open_node(running.job.node).gpus[1]
+    running.wait_until(lambda: not gpu.state().locked_mhz, "the watchdog has given the clock back")
+    time.sleep(float(os.environ.get("PERSEUS_TEST_STOP_S", "0")))
     os.kill(pid, signal.SIGCONT)
     running.wait_for_iterations(2 * MORE)
     running.wait_for_plan()
@@ -225,23 +219,16 @@ def test_no_home_folder(start_job: Start, plain: RunningJob) -> None:
     _assert_plan_in_spite(running, plain)
 
 
-@pytest.mark.parametrize("what", ["unreadable cache", "cache is a file", "broken state", "state in no folder"])
-def test_files_of_rank_zero_that_cannot_be_used(start_job: Start, plain: RunningJob, tmp_path: Path, what: str) -> None:
-    """A plan is made all the same."""
-    broken = tmp_path / "broken"
-    broken.write_text('{"version": 1, "profile": [')
-    settings = {
-        "unreadable cache": {"profile_cache": "/proc/1/none"},
-        "cache is a file": {"profile_cache": str(broken)},
-        "broken state": {"state_file": str(broken)},
-        "state in no folder": {"state_file": "/proc/1/none/state.json"},
-    }[what]
-    _assert_plan_in_spite(start_job(settings), plain)
+def test_files_of_rank_zero_that_cannot_be_used(start_job: Start, plain: RunningJob, tmp_path: Path) -> None:
+    """A plan is made all the same, with a line for each; in virtual time more of them are tried (`test_opening`)."""
+    (tmp_path / "broken").write_text('{"version": 1, "profile": [')
+    settings = {"profile_cache": str(tmp_path / "broken"), "state_file": str(tmp_path / "broken")}
+    _assert_plan_in_spite(start_job(settings), plain, num_lines=2)
 
 
-def _assert_plan_in_spite(running: RunningJob, plain: RunningJob) -> None:
+def _assert_plan_in_spite(running: RunningJob, plain: RunningJob, *, num_lines: int = 1) -> None:
     running.wait_for_plan()
     running.wait_for_iterations(MORE)
     assert running.stop() == [0, 0, 0]
     assert_unharmed(running, plain)
-    assert len(running.warnings()) == 1, running.warnings()
+    assert len(running.warnings()) == num_lines, running.warnings()
