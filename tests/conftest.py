@@ -30,7 +30,6 @@ IN_REAL_TIME = (
     "tests/runtime/",
     "tests/deepspeed/test_end_to_end.py",
     "tests/deepspeed/test_dualpipev.py",
-    "tests/deepspeed/test_newcomer.py",
     "tests/megatron/test_planned_clocks.py",
 )
 # Beside them another process runs the rest, file by file: first what takes long.
