@@ -27,7 +27,7 @@ SETTINGS = Settings(
     profile_cache="off",
     warmup_iterations=1,
     baseline_iterations=3,
-    profile_clocks=3,
+    profile_clocks=4,
     profile_iterations=1,
     watch_iterations=3,
     log_interval=0,
@@ -82,8 +82,8 @@ def main() -> None:
     ranks = len(cluster.ranks)
     _run_until_all_follow(cluster, began_with, 1)
     hot = ranks // 2
-    cluster.throttle(hot, 900, at_s=cluster.queue.now_s)
-    print(f"(GPU of rank {hot} is throttled to 900 MHz at {cluster.queue.now_s:.1f} s)")
+    cluster.throttle(hot, 700, at_s=cluster.queue.now_s)
+    print(f"(GPU of rank {hot} is throttled to 700 MHz at {cluster.queue.now_s:.1f} s)")
     _run_until_all_follow(cluster, began_with, 2)
     cpu_s = time.process_time() - started_s
     print(cluster.log_text)
