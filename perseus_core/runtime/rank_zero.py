@@ -24,7 +24,7 @@ from perseus_core.runtime.ranks.conversation import (
     round_period_s,
     rounds_kept_open,
 )
-from perseus_core.runtime.ranks.decisions import Conclusions, Decisions, Limits
+from perseus_core.runtime.ranks.decisions import ENDING_ITERATIONS, Conclusions, Decisions, Limits
 from perseus_core.runtime.ranks.job_table import JobTable
 from perseus_core.runtime.ranks.order import News, Order, Phase
 from perseus_core.runtime.ranks.plan_summary import PlanSummary
@@ -135,7 +135,7 @@ class RankZero:
         now_s = self._threads.now_s()
         self._progress.append((now_s, self._iteration()))
         if self._leaving:
-            self._step_aside(0 if self._failing else self._soonest(now_s) + 16)
+            self._step_aside(0 if self._failing else self._soonest(now_s) + ENDING_ITERATIONS)
             return None
         self._read_round(now_s)
         if not self._order.number:

@@ -248,7 +248,10 @@ class Conversation:
             self._told_state = state
             told = replace(self._state, reported=self._reported, received=self._received)
             new.append(records.state(self._rank, told))
-        self._unconfirmed = b"".join(new)[-_MOST_UNCONFIRMED_BYTES:]
+        self._unconfirmed = b"".join(new)
+        if len(self._unconfirmed) > _MOST_UNCONFIRMED_BYTES:
+            self._unconfirmed = self._unconfirmed[-_MOST_UNCONFIRMED_BYTES:]
+            self._told_state = None  # it may be among what is left out
         if not self._unconfirmed:
             return False
         self._store.append(round_key(round_number), self._unconfirmed)

@@ -26,7 +26,7 @@ _MOST_COOL_PATIENCE = 1000
 # Energies of iterations are remembered so long: verdicts and the status speak of them.
 _REMEMBERED_ITERATIONS = 1000
 # Ranks end their training within so many iterations of each other.
-_ENDING_ITERATIONS = 16
+ENDING_ITERATIONS = 16
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Decisions:
         elif self._table.which(StateFlag.LEFT).any():
             # Training usually ends, everywhere. If it does not, half a plan is no plan.
             self.step_aside()
-            self.from_iteration = soonest + _ENDING_ITERATIONS
+            self.from_iteration = soonest + ENDING_ITERATIONS
         elif not self._can_lock and self.phase not in (Phase.WARM_UP, Phase.MEASURE_ONLY):
             self._step_back(soonest)
             conclusions.aside = self._table.ranks_without(StateFlag.CAN_LOCK)
