@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hypothesis
 import pytest
 
 from perseus_core.planning.frontier import Frontier
@@ -15,6 +16,10 @@ from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import one_f_one_b
 from perseus_core.planning.solver import solve
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # Programs started in the background by a shell ignore Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

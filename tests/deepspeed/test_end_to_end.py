@@ -14,7 +14,7 @@ from perseus_core.gpu.simulated import Description, ExecutedInstruction
 from tests.conftest import REPOSITORY
 from tests.deepspeed.conftest import MakeNode, executed_iterations, on
 from tests.deepspeed.launcher import launch
-from tests.planned_clocks import NO_POWER_CAP, late
+from tests.planned_clocks import NO_POWER_CAP, not_at_their_clocks
 
 MICROBATCHES = 4
 UNDER_PLAN = 8
@@ -107,16 +107,10 @@ def test_energy_is_saved_as_promised(job: Job) -> None:
 
 
 def test_instructions_run_at_their_planned_clocks(job: Job) -> None:
-    """Nine in ten, on a busy machine, for 80 % of their time at least, for 95 % where both neighbours are alike."""
-    found = [
-        (iteration, rank["stage"], *each)
-        for rank, executed in zip(job.ranks, job.executed, strict=True)
-        for iteration in job.settled
-        for each in late(executed[iteration], rank["planned_mhz"])
-    ]
-    total = len(job.ranks) * len(job.settled) * 2 * MICROBATCHES
-    assert total > 100
-    assert len(found) <= 0.1 * total, found
+    """Each in most iterations: see `not_at_their_clocks`."""
+    assert len(job.settled) > 5
+    for rank, executed in zip(job.ranks, job.executed, strict=True):
+        assert not not_at_their_clocks([executed[i] for i in job.settled], rank["planned_mhz"]), rank["stage"]
 
 
 def test_figures_reach_deepspeeds_monitor(job: Job) -> None:

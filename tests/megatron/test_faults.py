@@ -55,11 +55,11 @@ def test_error_on_one_rank_leaves_training_alone(tmp_path: Path) -> None:
     finished = run_quick(tmp_path, fault="error_on_one_rank", until_phase="stepped aside", also_without=True)
     for rank in finished.results_of_all():
         assert rank["losses"] == rank["losses_without"]
-        assert not any(rank["plans"])
         aside_from = rank["phases"].index("stepped aside")
-        assert 0 <= aside_from - rank["faults_at"][0] < 10, "it is told, and does not only miss the other one"
+        assert aside_from >= rank["faults_at"][0]
         assert set(rank["phases"][aside_from:]) == {"stepped aside"}
     assert finished.output.count("broken on purpose; training goes on without perseus") == 1
+    assert "not been heard of" not in finished.output, "it is told, and does not only miss the other one"
 
 
 def test_killed_rank_leaves_no_clock_locked(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from perseus_core.gpu.simulated.execution_log import read_executed
 from perseus_core.planning.schedule import one_f_one_b
 from tests.megatron.gpus import environment, simulated_gpus
 from tests.megatron.launcher import QUICK, Finished, launch
-from tests.planned_clocks import NO_POWER_CAP, late
+from tests.planned_clocks import NO_POWER_CAP, not_at_their_clocks
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +35,17 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finished
 def test_instructions_run_at_their_planned_clocks(
     planned: tuple[Finished, simulated.SimulatedNode],
 ) -> None:
-    """Nine in ten, on a busy machine, for 80 % of their time at least, for 95 % where both neighbours are alike."""
+    """Each in most iterations: see `not_at_their_clocks`."""
     finished, node = planned
-    found, total = [], 0
     for rank in finished.results_of_all():
         order = one_f_one_b(2, 4).stages[rank["stage"]]
         ran = [executed for executed in read_executed(node.folder) if executed.gpu == rank["rank"]]
         iterations = [ran[i : i + len(order)] for i in range(0, len(ran), len(order))]
         under_plan = [i for i, plan in enumerate(rank["plans"]) if plan and plan == rank["plans"][-1]][2:]
         assert len(under_plan) >= 2
-        found += [each for number in under_plan for each in late(iterations[number], rank["planned_mhz"])]
-        total += len(order) * len(under_plan)
+        assert not not_at_their_clocks([iterations[i] for i in under_plan], rank["planned_mhz"])
         ran_microbatches = [executed.label["microbatch"] for executed in iterations[under_plan[0]]]
         assert ran_microbatches == [i.microbatch for i in order]
-    assert len(found) <= 0.1 * total, found
 
 
 def test_clocks_are_given_back(planned: tuple[Finished, simulated.SimulatedNode]) -> None:

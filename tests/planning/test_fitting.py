@@ -102,7 +102,7 @@ def rough_profiles(draw: st.DrawFn) -> Profile:
 
 
 @given(profile=rough_profiles())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_was_measured_times_fall_with_the_clock_and_are_convex(profile: Profile) -> None:
     """Times never rise with the clock, not even by a rounding error, and are convex in it."""
     fitted = fit_profile(profile)
@@ -114,7 +114,7 @@ def test_whatever_was_measured_times_fall_with_the_clock_and_are_convex(profile:
 
 
 @given(profile=rough_profiles())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_was_measured_energy_is_convex_in_time(profile: Profile) -> None:
     """Energy over time is convex where times differ, with the least energy of those that are equal."""
     fitted = fit_profile(profile)
@@ -128,7 +128,7 @@ def test_whatever_was_measured_energy_is_convex_in_time(profile: Profile) -> Non
 
 
 @given(time=st.sampled_from([1e-3, 1e3]), energy=st.sampled_from([1e-6, 1e3]), seed=st.integers(0, 9))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_units_do_not_matter(time: float, energy: float, seed: int) -> None:
     """Milliseconds or kilojoules give the same curves as seconds and joules."""
     profile = with_noise(smooth_profile([1.0, 1.1, 1.0]), 0.02, seed)
@@ -215,7 +215,7 @@ def test_added_clocks_are_near_the_truth() -> None:
     x=st.lists(st.integers(0, 1000), min_size=2, max_size=12, unique=True).map(sorted),
     steps=st.lists(st.floats(0, 10), min_size=12, max_size=12),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_interpolation_is_monotone_and_meets_its_knots(x: list[int], steps: list[float]) -> None:
     """Between falling values nothing rises or overshoots."""
     knots, values = np.array(x, dtype=float), -np.cumsum(steps)[: len(x)]

@@ -54,7 +54,7 @@ def single_steps(problem: Problem, choice: Choice) -> list[Choice]:
     return slower
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems(), st.floats(0, 1.2), st.sampled_from([0, 25]))
 def test_any_plan_is_in_time_and_not_below_the_bound(problem: Problem, share: float, effort: int) -> None:
     """On any DAG, at any time, also beyond T*: useful clocks, the limit kept, no single slower clock left that fits."""
@@ -71,7 +71,7 @@ def test_any_plan_is_in_time_and_not_below_the_bound(problem: Problem, share: fl
         assert rounder.pipeline_time_s(slower) + problem.outside_time_s > limit_s * (1 - 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.floats(0, 1))
 def test_more_effort_never_costs_more(problem: Problem, share: float) -> None:
     """The search starts from what is found without it and keeps only what is not worse."""
@@ -85,7 +85,7 @@ def test_more_effort_never_costs_more(problem: Problem, share: float) -> None:
     assert thorough_j + at_the_limit_j <= (quick_j + at_the_limit_j) * (1 + 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.data())
 def test_reclaiming_brings_any_choice_in_time(problem: Problem, data: st.DataObject) -> None:
     """Late choices become faster until they are in time, down to the fastest iteration there is."""

@@ -109,7 +109,7 @@ def test_a_clock_that_was_not_measured_is_interpolated() -> None:
     assert ran.energies_j[1] == pytest.approx(share * 35.0 + (1 - share) * 40.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from([FAST, SLOW]), min_size=32, max_size=32), st.floats(0, 0.5))
 def test_durations_lie_between_those_of_both_clocks(clocks: list[int], latency_s: float) -> None:
     """Whatever happens, an instruction takes no less than at the fast clock and no more than at the slow one."""
@@ -160,7 +160,7 @@ def profiles(draw: st.DrawFn) -> Profile:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(profiles(), st.floats(0, 0.5), st.floats(1, 2), st.sampled_from([0.0, 0.05]))
 def test_any_plan_is_in_time(profile: Profile, latency_s: float, slowdown: float, outside_time_s: float) -> None:
     """Whatever the profile: never longer than promised, at measured clocks, if all clocks at maximum are in time."""

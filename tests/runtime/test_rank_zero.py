@@ -313,7 +313,7 @@ def test_under_a_plan_that_keeps_its_promise_nothing_is_published_but_figures() 
     assert (figures.iteration_time_s, figures.energy_j, figures.saving) == (1.0, 200.0, 0.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.floats(0.01, 20.0),
     st.floats(0, 1),

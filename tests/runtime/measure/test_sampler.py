@@ -10,12 +10,36 @@ from pathlib import Path
 import pytest
 
 from perseus_core.gpu import simulated
+from perseus_core.gpu.device import ThrottleReason
 from perseus_core.gpu.errors import GpuLost
 from perseus_core.gpu.simulated import faults
 from perseus_core.runtime.measure.sampler import EnergySampler
 from perseus_core.runtime.side_threads import OwnThreads
+from tests.cluster.virtual_threads import EventQueue, VirtualThreads
 
 from ..simulated_machine import device_of, simulated_machine
+
+PERIOD_S = 0.04
+
+
+class _CounterInVirtualTime:
+    """A GPU's counter that moves by a joule at each whole multiple of its period, and by nothing else."""
+
+    counts_energy = True
+
+    def __init__(self, queue: EventQueue) -> None:
+        self.num_looks = 0
+        self._queue = queue
+
+    def total_energy_j(self) -> float:
+        self.num_looks += 1
+        return float(int(self._queue.now_s / PERIOD_S + 1e-9))
+
+    def sm_clock_mhz(self) -> int:
+        return 1000
+
+    def throttle_reasons(self) -> ThrottleReason:
+        return ThrottleReason.NONE
 
 
 @pytest.fixture
@@ -35,16 +59,23 @@ def all_of(sampler: EnergySampler) -> int:
     return len(sampler.between(0, time.monotonic()))
 
 
-def test_readings_bracket_the_moments_at_which_the_counter_moved(node: simulated.SimulatedNode) -> None:
-    """The simulated counter moves at whole multiples of its period, each within its reading's uncertainty."""
-    with EnergySampler(device_of(node), threads=OwnThreads()) as sampler:
-        wait_until(lambda: all_of(sampler) >= 8)
-    readings = sampler.between(0, time.monotonic())
-    for reading in readings:
-        move_s = round(reading.time_s / 0.04) * 0.04
-        assert abs(reading.time_s - move_s) <= reading.uncertainty_s / 2 + 1e-3
+def test_readings_bracket_the_moments_at_which_the_counter_moved() -> None:
+    """At whole multiples of its period; to a millisecond once it is known when to look, and that with few looks."""
+    queue = EventQueue()
+    device = _CounterInVirtualTime(queue)
+    sampler = EnergySampler(device, threads=VirtualThreads(queue, 0))
+    sampler.start()
+    queue.call_at(100.02 * PERIOD_S, queue.stop)
+    queue.run_until_stopped()
+    readings = sampler.between(0, queue.now_s)
+    assert len(readings) == 100
+    for number, reading in enumerate(readings, start=1):
+        assert abs(reading.time_s - number * PERIOD_S) <= reading.uncertainty_s / 2 + 1e-9
+        assert reading.energy_j == number
         assert reading.clock_mhz == 1000
-    assert sampler.counter_period_s() == pytest.approx(0.04, rel=0.3)
+    assert max(reading.uncertainty_s for reading in readings[10:]) <= 0.001 + 1e-9
+    assert device.num_looks < 6 * len(readings)
+    assert sampler.counter_period_s() == pytest.approx(PERIOD_S, rel=0.01)
 
 
 def test_energy_between_readings_is_that_of_the_gpu(node: simulated.SimulatedNode) -> None:

@@ -233,7 +233,7 @@ def _stories(draw: st.DrawFn) -> tuple[int, int, int, list[tuple[str, int, int]]
     return num_ranks, draw(st.sampled_from([1, 1, 1, 3])), iterations, happenings, draw(st.booleans())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(_stories())
 def test_nothing_is_lost_whatever_the_interleaving(
     story: tuple[int, int, int, list[tuple[str, int, int]], bool],

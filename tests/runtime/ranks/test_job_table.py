@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_core.runtime.ranks import records
@@ -65,7 +65,6 @@ def _tellings(draw: st.DrawFn) -> tuple[list[list[bytes]], list[list[bytes]]]:
     return by_rank, rounds
 
 
-@settings(deadline=None)
 @given(_tellings(), st.randoms(use_true_random=False))
 def test_however_records_come_the_same_iterations_are_complete(
     tellings: tuple[list[list[bytes]], list[list[bytes]]], numbers: random.Random
@@ -100,7 +99,6 @@ def test_however_records_come_the_same_iterations_are_complete(
         assert [value[2] for value in values] == [iteration + rank / 64 for rank in range(len(by_rank))]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 9)), max_size=20), st.data())
 def test_the_last_word_of_a_rank_counts(words: list[tuple[int, bool, int]], data: st.DataObject) -> None:
     """Also where it has told more than one state in a round."""

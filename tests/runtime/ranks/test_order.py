@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_core.runtime.ranks.order import Baseline, News, Order, Phase, Reason
@@ -13,7 +13,6 @@ FIGURES = st.floats(allow_nan=False, allow_infinity=False)
 PLANS = st.builds(PlanSummary, NUMBERS, NUMBERS, *[FIGURES] * 7)
 
 
-@settings(deadline=None)
 @given(
     st.builds(
         Order,
@@ -33,7 +32,6 @@ def test_an_order_arrives_as_it_was_given(order: Order) -> None:
     assert Order.decode(order.encode()) == order
 
 
-@settings(deadline=None)
 @given(NUMBERS, NUMBERS, NUMBERS)
 def test_news_are_a_few_bytes(round_number: int, order: int, figures: int) -> None:
     """Every rank reads them about once a second."""

@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_core.runtime.ranks import records
@@ -18,7 +18,6 @@ ITERATIONS = st.integers(0, 2**31 - 1)
 SECONDS = st.floats(0, 1e6, width=32)
 
 
-@settings(deadline=None)
 @given(RANKS, st.integers(0, 10_000), st.integers(0, 10_000))
 def test_a_hello_says_who_where_and_which_version(rank: int, stage: int, data_parallel_rank: int) -> None:
     """The version survives a 32-bit float."""
@@ -29,7 +28,6 @@ def test_a_hello_says_who_where_and_which_version(rank: int, stage: int, data_pa
     assert int(record["b"]) == VERSION
 
 
-@settings(deadline=None)
 @given(
     RANKS,
     st.builds(
@@ -70,7 +68,6 @@ def test_a_slowdown_beyond_all_measure_can_be_told(slowdown: float) -> None:
     assert np.isfinite(record["c"]) and record["c"] > 1e29
 
 
-@settings(deadline=None)
 @given(RANKS, ITERATIONS, st.integers(0, 2**16 - 1), SECONDS, SECONDS, SECONDS, st.booleans())
 def test_times_arrive_in_single_precision(
     rank: int, iteration: int, num_microbatches: int, span_s: float, seen_s: float, expected_s: float, throttled: bool
@@ -84,7 +81,6 @@ def test_times_arrive_in_single_precision(
     assert (record["a"], record["b"], record["c"], record["flags"]) == (span_s, seen_s, expected_s, throttled)
 
 
-@settings(deadline=None)
 @given(RANKS, ITERATIONS, SECONDS)
 def test_an_energy_arrives_in_single_precision(rank: int, iteration: int, energy_j: float) -> None:
     """With its rank and iteration."""
@@ -93,7 +89,6 @@ def test_an_energy_arrives_in_single_precision(rank: int, iteration: int, energy
     assert record["a"] == energy_j
 
 
-@settings(deadline=None)
 @given(st.lists(RANKS, max_size=20), st.integers(0, RECORD.itemsize - 1))
 def test_records_of_many_are_one_array_and_a_broken_end_is_passed_over(ranks: list[int], rest: int) -> None:
     """As when somebody died while telling."""

@@ -6,7 +6,7 @@ from itertools import count
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_core.runtime.ranks.speed_watch import SlowRank, SpeedWatch
@@ -129,7 +129,6 @@ def test_with_another_plan_nobody_is_slow_yet() -> None:
     assert job.until_changed(1.3, 1.0, 1.0, 1.0, held=0) == 6
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.lists(st.floats(0.8, 1.3), min_size=4, max_size=4, unique=True), st.integers(0, 4)), max_size=40
