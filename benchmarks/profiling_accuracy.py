@@ -20,7 +20,7 @@ from rich.table import Table
 from perseus_core.gpu import simulated
 from perseus_core.gpu.simulated import Description, Noise, SimulatedNode, faults
 from perseus_core.runtime.measure.stage_measurements import ClockMeasurements, SweepRows, merge
-from perseus_core.runtime.measure.sweep import SweepSettings
+from perseus_core.runtime.measure.sweep import sweep_clocks
 from tests.runtime.emulated_pipeline import PipelineRun, profile_pipeline
 
 TIME_TARGET, ENERGY_TARGET = 0.03, 0.05
@@ -44,9 +44,8 @@ def main() -> None:
     arguments.add_argument("--time-scale", type=float, default=1.0)
     arguments.add_argument("--noise", type=float, default=0.01, help="of time and of energy, relative")
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--num-clocks", type=int, default=SweepSettings.num_clocks)
-    arguments.add_argument("--min-iterations", type=int, default=SweepSettings.min_iterations)
-    arguments.add_argument("--max-iterations", type=int, default=SweepSettings.max_iterations)
+    arguments.add_argument("--num-clocks", type=int, default=8)
+    arguments.add_argument("--iterations", type=int, default=3, help="measured at each clock, after one that is not")
     arguments.add_argument("--without-counter", action="store_true", help="the GPUs do not count their energy")
     options = arguments.parse_args()
     description = dataclasses.replace(
@@ -55,16 +54,21 @@ def main() -> None:
         time_scale=options.time_scale,
         seed=options.seed,
     )
-    settings = SweepSettings(
-        num_clocks=options.num_clocks, min_iterations=options.min_iterations, max_iterations=options.max_iterations
-    )
+    clocks_mhz = sweep_clocks(description.supported_clocks_mhz, options.num_clocks)
     with tempfile.TemporaryDirectory() as folder:
         node = simulated.create_node(description, folder)
         if options.without_counter:
             for gpu in node.gpus:
                 faults.remove_support(gpu, "nvmlDeviceGetTotalEnergyConsumption")
         begin_s = time.monotonic()
-        results = profile_pipeline(PipelineRun(Path(folder), description.num_gpus, options.microbatches, settings))
+        run = PipelineRun(
+            Path(folder),
+            description.num_gpus,
+            options.microbatches,
+            iterations_of_step=1 + options.iterations,
+            clocks_mhz=clocks_mhz,
+        )
+        results = profile_pipeline(run)
         took_s = time.monotonic() - begin_s
 
     table = Table(title=f"{description.name}, errors in %: largest over forward and backward of all stages, and rms")

@@ -196,6 +196,7 @@ class RankZero:
             self._order,
             phase=decisions.phase,
             from_iteration=decisions.from_iteration,
+            iterations_of_step=decisions.iterations_of_step,
             plans=plans,
             offered=self._offered,
             collection=decisions.collection,

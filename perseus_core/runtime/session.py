@@ -21,10 +21,10 @@ from perseus_core.runtime.clock.settable_clock import Guard
 from perseus_core.runtime.clock.stage_clocks import StageClocks
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, logger
-from perseus_core.runtime.measure.events import EventSource
+from perseus_core.runtime.measure.events import Event, EventSource
 from perseus_core.runtime.measure.meter import Meter
 from perseus_core.runtime.measure.recorder import Expectation, Record
-from perseus_core.runtime.measure.sweep import SweepSettings
+from perseus_core.runtime.measure.sweep import sweep_clocks
 from perseus_core.runtime.rank_zero import RankZero
 from perseus_core.runtime.ranks import records
 from perseus_core.runtime.ranks.conversation import Conversation, RankZeroUnheard
@@ -43,7 +43,6 @@ from perseus_core.runtime.side_threads import SideThreads
 _ENDING_S = 0.9
 # A driver or a file system that has not answered by then has hung.
 _PREPARING_LIMIT_S = 20.0
-_SWEEP_MAX_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,10 @@ class Session:
             self._look_at_order(number)
             if self._is_silent or self._preparing is not None:
                 return
-            expectation = self._set_out(num_microbatches if training else 0)
-            self._record = Record(number, num_microbatches if training else 0, self._record_event(), expectation)
+            num_microbatches = num_microbatches if training else 0
+            begin = self._record_event()
+            expectation = self._set_out(number, num_microbatches, begin)
+            self._record = Record(number, num_microbatches, begin, expectation)
         except Exception as error:
             self._fail(error)
 
@@ -305,7 +306,7 @@ class Session:
         elif order.phase is Phase.STEPPED_ASIDE:
             self._release(0.0, failed=False)
 
-    def _set_out(self, num_microbatches: int) -> Expectation:
+    def _set_out(self, number: int, num_microbatches: int, begin: Event) -> Expectation:
         """Sees to the clocks of the iteration that begins, and says what is expected of it."""
         order, self._stage_plan = self._order, None
         plan = None if order.phase is Phase.RECHECK else order.plan_for(num_microbatches)
@@ -315,12 +316,12 @@ class Session:
             durations_s = tuple(planned.duration_s for planned in stage.clocks)
             return Expectation(plan.number, None, durations_s, tuple(planned.clock_mhz for planned in stage.clocks))
         if order.phase is Phase.PROFILE and num_microbatches == order.usual_microbatches:
-            clock_mhz = self._meter.sweep_clock_mhz
-            self._clocks.hold(clock_mhz)
+            clock_mhz = self._meter.sweep_clock_mhz(number - order.from_iteration)
+            self._clocks.hold(clock_mhz, begin)
             return Expectation(held_mhz=clock_mhz)
         if order.plans and order.phase is not Phase.RECHECK:
             self._reporter.cannot_follow(num_microbatches)
-        self._clocks.hold(None)
+        self._clocks.hold(None, begin)
         return Expectation()
 
     def _leave_order(self, record: Record) -> None:
@@ -392,13 +393,9 @@ class Session:
         self._conversation.tell_state(self._state())
 
     def _start_sweep(self) -> None:
-        least = self._settings.profile_iterations
-        thoroughness = SweepSettings(
-            num_clocks=self._settings.profile_clocks,
-            min_iterations=least,
-            max_iterations=max(least, _SWEEP_MAX_ITERATIONS),
-        )
-        self._meter.start_sweep(self._prepared.supported_clocks_mhz, thoroughness)
+        supported = self._prepared.supported_clocks_mhz
+        clocks = sweep_clocks(supported, self._settings.profile_clocks)
+        self._meter.start_sweep(supported, clocks, self._order.iterations_of_step)
 
     def _make_report(self, order: Order) -> RankReport:
         rank, meter, reason = self._job.rank, self._meter, order.reason
@@ -471,4 +468,5 @@ def _limits(settings: Settings) -> Limits:
         settings.watch_iterations,
         settings.tolerance,
         settings.slow_gpu,
+        profile_iterations=settings.profile_iterations,
     )

@@ -26,20 +26,23 @@ MOST_ITERATIONS = 600
 
 
 class Job:
-    """A cluster whose ranks write down which plan they follow in each iteration."""
+    """A cluster whose ranks write down which plan they follow and which clock they hold in each iteration."""
 
     def __init__(self, *, seed: int = 1, settings: Settings = QUICK, **options: object) -> None:
         self.plans: dict[int, list[int]] = {}
+        self.held_mhz: dict[int, list[int | None]] = {}
         shape = {"stages": 4, "pipelines": 2, "tensor_parallel": 2, "microbatches": 8, "time_scale": 1.0, **options}
         self.cluster = Cluster(seed=seed, settings=settings, make_session=self._watched, **shape)  # type: ignore[arg-type]
 
     def _watched(self, surroundings: Surroundings) -> Session:
         session = real_session(surroundings)
         begin, plans = session.begin_iteration, self.plans.setdefault(surroundings.job.rank, [])
+        held_mhz = self.held_mhz.setdefault(surroundings.job.rank, [])
 
         def begin_and_note(num_microbatches: int, *, training: bool = True) -> None:
             begin(num_microbatches, training=training)
             plans.append(session.status().plan)
+            held_mhz.append(None if session._record is None else session._record.expectation.held_mhz)
 
         session.begin_iteration = begin_and_note  # type: ignore[method-assign]
         return session
@@ -77,6 +80,13 @@ def planned() -> Job:
 def test_all_ranks_begin_with_a_plan_in_the_same_iteration(planned: Job) -> None:
     """Half a plan is no plan: what one stage is given, another has gained."""
     assert len(planned.begun_with(1)) == 1
+
+
+def test_all_ranks_sweep_together(planned: Job) -> None:
+    """At every iteration all hold the same clock: nobody is measured while his neighbours run at another step's."""
+    held_mhz = [set(of_all) for of_all in zip(*planned.held_mhz.values(), strict=True)]
+    assert all(len(of_all) == 1 for of_all in held_mhz)
+    assert len({clock for of_all in held_mhz for clock in of_all if clock is not None}) == QUICK.profile_clocks
 
 
 def test_what_is_promised_is_measured(planned: Job) -> None:

@@ -18,7 +18,7 @@ from perseus_core.planning.schedule import Instruction, Kind, one_f_one_b
 from perseus_core.runtime.measure.energy import ChunkKind, Iteration, Span
 from perseus_core.runtime.measure.sampler import EnergySampler
 from perseus_core.runtime.measure.stage_measurements import StageMeasurements
-from perseus_core.runtime.measure.sweep import Sweep, SweepSettings
+from perseus_core.runtime.measure.sweep import Sweep, sweep_clocks
 from perseus_core.runtime.side_threads import OwnThreads
 
 _LIMIT_S = 150
@@ -32,8 +32,8 @@ class PipelineRun:
         folder: of the simulated GPUs, one for each stage.
         num_stages: processes.
         num_microbatches: of one iteration.
-        settings: of the sweep.
-        clocks_mhz: of the sweep; its own choice by default.
+        iterations_of_step: how many iterations each clock is held.
+        clocks_mhz: of the sweep; eight by default.
         num_iterations: limits its length.
         outside_s: time from the last instruction of the pipeline to the end of an iteration.
         sampling_period_s: of the energy counter.
@@ -43,7 +43,7 @@ class PipelineRun:
     folder: Path
     num_stages: int
     num_microbatches: int
-    settings: SweepSettings
+    iterations_of_step: int = 4
     clocks_mhz: tuple[int, ...] | None = None
     num_iterations: int = 200
     outside_s: float = 0.03
@@ -96,15 +96,16 @@ def _run_stage(
     emulator = simulated.WorkEmulator(node, stage)
     device = device_by_uuid(node.gpus[stage].identity.uuid)
     order = one_f_one_b(run.num_stages, run.num_microbatches).stages[stage]
-    sweep = Sweep(stage, device.supported_clocks_mhz(), run.settings, clocks_mhz=run.clocks_mhz)
+    supported = device.supported_clocks_mhz()
+    sweep = Sweep(stage, supported, run.clocks_mhz or sweep_clocks(supported, 8), run.iterations_of_step)
     held_mhz, num_needed, seen_s = None, 0, time.monotonic()
     with EnergySampler(device, run.sampling_period_s, threads=OwnThreads()) as sampler:
         for number in range(run.num_iterations):
             barrier.wait(_LIMIT_S)
             if all(complete):
                 break
-            asked_mhz = sweep.next_clock()
-            if asked_mhz is not None and asked_mhz != held_mhz:
+            asked_mhz = sweep.clock_at(number)
+            if asked_mhz != held_mhz:
                 device.lock_clock(asked_mhz)
                 held_mhz = asked_mhz
             begin_s = time.monotonic()
@@ -115,7 +116,7 @@ def _run_stage(
             now_s = time.monotonic()
             sweep.add_iteration(iteration, held_mhz, sampler.between(seen_s, now_s))
             seen_s = now_s
-            num_needed += asked_mhz is not None
+            num_needed += not complete[stage]
             complete[stage] = sweep.is_complete
     device.reset_clock()
     results.put((stage, StageResult(sweep.measurements(), num_needed, sweep.notes)))

@@ -66,6 +66,7 @@ class _IterationEnds:
 @dataclass(frozen=True)
 class _Hold:
     clock_mhz: int | None
+    from_event: Event | None
 
 
 _Order = _IterationBegins | _IterationEnds | _Hold
@@ -159,10 +160,13 @@ class ClockController:
         if self._is_following:
             self._give(_IterationEnds())
 
-    def hold(self, clock_mhz: int | None) -> None:
-        """One clock [MHz] for everything until the next `begin_iteration` with a plan; none: leave it to the driver."""
+    def hold(self, clock_mhz: int | None, from_event: Event | None = None) -> None:
+        """One clock [MHz] for everything until the next `begin_iteration` with a plan; none: leave it to the driver.
+
+        Asked for when the event is reached, without one when all that was recorded before is.
+        """
         if self._is_following:
-            self._give(_Hold(clock_mhz))
+            self._give(_Hold(clock_mhz, from_event))
             self._wake()
 
     def _give(self, order: _Order) -> None:
@@ -257,6 +261,8 @@ class ClockController:
                 self._num_orders_taken += 1
                 lookahead.end_iteration()
             elif type(message) is _Hold:
+                if message.from_event is not None and not message.from_event.reached():
+                    break
                 self._num_orders_taken += 1
                 lookahead.hold(message.clock_mhz)
             messages.popleft()
@@ -314,6 +320,8 @@ class ClockController:
     def _next_that_matters(self) -> float | Event:
         """Of what is recorded and not reached, the first that may change what is wanted."""
         first = self._messages[0]
+        if isinstance(first, _Hold) and first.from_event is not None:
+            return first.from_event
         if not isinstance(first, (_InstructionBegins, _InstructionEnds)):
             return 0.0
         # Begins and ends take turns.

@@ -79,11 +79,11 @@ class StageClocks:
             self._controller.begin_iteration(clocks)
             self.following, self._now = True, _Mode.PLAN
 
-    def hold(self, clock_mhz: int | None) -> None:
-        """From now on one clock [MHz], or none: the driver chooses."""
+    def hold(self, clock_mhz: int | None, from_event: Event | None = None) -> None:
+        """One clock [MHz] from an event on, or none: the driver chooses."""
         self.following = False
         if self._controller is not None and self._now != clock_mhz:
-            self._controller.hold(clock_mhz)
+            self._controller.hold(clock_mhz, from_event)
             self._now = clock_mhz
 
     def instruction_begins(self, event: Event) -> None:

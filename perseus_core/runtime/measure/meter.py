@@ -16,7 +16,7 @@ from perseus_core.runtime.measure.recorder import MeasuredIteration, Recorder, S
 from perseus_core.runtime.measure.sampler import CounterReading, EnergySampler
 from perseus_core.runtime.measure.stage_measurements import StageMeasurements
 from perseus_core.runtime.measure.stretch import Stretch
-from perseus_core.runtime.measure.sweep import Progress, Sweep, SweepSettings
+from perseus_core.runtime.measure.sweep import Progress, Sweep
 from perseus_core.runtime.side_threads import SideThreads
 
 # Readings this far before an iteration are still needed to interpolate its beginning.
@@ -80,14 +80,15 @@ class Meter:
 
     # The sweep
 
-    def start_sweep(self, supported_clocks_mhz: Sequence[int], settings: SweepSettings) -> None:
-        """Begins to measure the stage at one clock after the other."""
-        self._sweep = Sweep(self._stage, supported_clocks_mhz, settings)
+    def start_sweep(
+        self, supported_clocks_mhz: Sequence[int], clocks_mhz: Sequence[int], iterations_of_step: int
+    ) -> None:
+        """Begins to measure the stage at one clock after the other, see `Sweep`."""
+        self._sweep = Sweep(self._stage, supported_clocks_mhz, clocks_mhz, iterations_of_step)
 
-    @property
-    def sweep_clock_mhz(self) -> int | None:
-        """The clock to hold in the next iteration; none if nothing is left to measure."""
-        return None if self._sweep is None else self._sweep.next_clock()
+    def sweep_clock_mhz(self, iterations_since_begin: int) -> int | None:
+        """The clock to hold in an iteration of the sweep."""
+        return None if self._sweep is None else self._sweep.clock_at(iterations_since_begin)
 
     @property
     def has_swept(self) -> bool:

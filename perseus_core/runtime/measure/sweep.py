@@ -1,5 +1,11 @@
 """The sweep: which clock to hold in which iteration, and what the iterations at each clock tell.
 
+All ranks of a job hold the same step of it in the same iteration: the clock follows from the iteration's number alone,
+so nobody is measured while his neighbours run at another step's clock, and nobody waits for an order in between.
+
+Each step is as long as times need to become certain. Energies are read from a counter that moves a few times a second;
+they may be less certain, and their standard errors say so.
+
 A plain state machine of one rank. It has no thread and touches no GPU: the session holds the clocks it asks for and
 hands in what the iterations and the energy counter said.
 """
@@ -13,13 +19,12 @@ from dataclasses import dataclass
 
 from perseus_core.errors import InputError
 from perseus_core.gpu.device import ThrottleReason
-from perseus_core.runtime.measure.energy import ChunkKind, Iteration, solve_powers
+from perseus_core.runtime.measure.energy import Iteration, solve_powers
 from perseus_core.runtime.measure.sampler import CounterReading
 from perseus_core.runtime.measure.stage_measurements import (
     ClockMeasurements,
     InstructionMeasurement,
     StageMeasurements,
-    blocking_line,
 )
 
 # Least effective energy was found at 0.48 to 0.63 of the highest clock on the published and the modelled profiles.
@@ -28,40 +33,10 @@ _LOWEST_USEFUL_SHARE = 0.45
 _CLOCK_TOLERANCE = 0.02
 # So many readings of an iteration may show another clock: clock and throttle reasons are not read at the same moment.
 _TOLERATED_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """How thoroughly to measure.
-
-    Attributes:
-        num_clocks: clocks of the sweep.
-        discarded_iterations: iterations left out after each change of clock.
-        min_iterations: measured iterations at each clock at least.
-        max_iterations: and at most, also counting those that did not run at the clock asked for.
-        relative_error: a clock is measured well enough when energies have this relative standard error.
-        rise_margin: the sweep ends when all effective energies have risen so far above their minimum, relative.
-
-    Raises:
-        InputError: if a number cannot be.
-    """
-
-    num_clocks: int = 8
-    discarded_iterations: int = 1
-    min_iterations: int = 2
-    max_iterations: int = 8
-    relative_error: float = 0.015
-    rise_margin: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name, lowest in (("num_clocks", 1), ("discarded_iterations", 0), ("min_iterations", 1)):
-            if getattr(self, name) < lowest:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {lowest} or more")
-        if self.max_iterations < self.min_iterations:
-            raise InputError(f"max_iterations is {self.max_iterations}, below min_iterations {self.min_iterations}")
-        for name in ("relative_error", "rise_margin"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1, as 0.02 for 2 %")
+# After a change of clock one iteration is discarded, and any other that begins so soon after it.
+_SETTLING_S = 0.1
+# The steps are gone through so often at most, for clocks that could not be measured the first time.
+_MOST_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -69,11 +44,11 @@ class Progress:
     """How far a sweep is.
 
     Attributes:
-        clock_mhz: the clock to hold now, None when complete.
+        clock_mhz: the clock that is held now, None when complete.
         clocks_done: clocks that need no more iterations.
         num_clocks: clocks of the sweep.
         iterations_done: iterations handed in so far.
-        iterations_left: about how many more, at most.
+        iterations_left: about how many more.
     """
 
     clock_mhz: int | None
@@ -92,69 +67,78 @@ class Progress:
 
 
 def sweep_clocks(supported_clocks_mhz: Sequence[int], num_clocks: int) -> tuple[int, ...]:
-    """Evenly spread clocks of the useful range, highest first: from the highest supported one to 45 % of it."""
+    """Evenly spread clocks of the useful range, in the order of the sweep.
+
+    From the highest supported one, every second one down to 45 % of it and the others back up, so that a GPU which
+    warms up meanwhile makes neither end look costly. With the highest the sweep begins again while ranks wait for its
+    end, and so that costs no time.
+    """
     supported = sorted(set(supported_clocks_mhz), reverse=True)
     lowest = max(supported[-1], _LOWEST_USEFUL_SHARE * supported[0])
     steps = max(1, num_clocks - 1)
     wanted = [supported[0] + (lowest - supported[0]) * i / steps for i in range(num_clocks)]
-    return tuple(sorted({min(supported, key=lambda clock: abs(clock - w)) for w in wanted}, reverse=True))
+    clocks = sorted({min(supported, key=lambda clock: abs(clock - w)) for w in wanted}, reverse=True)
+    return (*clocks[::2], *reversed(clocks[1::2]))
 
 
 class Sweep:
-    """Measures one rank's stage at one clock after the other, from the highest down.
+    """Measures one rank's stage at one clock after the other.
 
-    In each iteration: hold `next_clock()`; when what happened in it is known, which may be some iterations later,
-    `add_iteration`. The iterations that ran meanwhile at the same clock count as well.
+    In each iteration: hold `clock_at`; when what happened in it is known, which may be some iterations later,
+    `add_iteration`.
     """
 
     def __init__(
-        self,
-        stage: int,
-        supported_clocks_mhz: Sequence[int],
-        settings: SweepSettings | None = None,
-        *,
-        clocks_mhz: Sequence[int] | None = None,
+        self, stage: int, supported_clocks_mhz: Sequence[int], clocks_mhz: Sequence[int], iterations_of_step: int
     ) -> None:
         """Plans the sweep.
 
         Args:
             stage: the rank's stage.
             supported_clocks_mhz: of its GPU.
-            settings: how thorough; the defaults by default.
-            clocks_mhz: the clocks to measure, by default `sweep_clocks`.
+            clocks_mhz: the clocks to measure, in this order: see `sweep_clocks`.
+            iterations_of_step: how many iterations each is held; the first is discarded.
+
+        Raises:
+            InputError: if a step has no iteration that counts.
         """
+        if iterations_of_step < 2:
+            raise InputError(f"iterations_of_step is {iterations_of_step}; it must be 2 or more: one is discarded")
         self._stage = stage
-        self._settings = settings or SweepSettings()
-        self._supported = tuple(sorted(supported_clocks_mhz, reverse=True))
-        self._clocks = (
-            sweep_clocks(self._supported, self._settings.num_clocks)
-            if clocks_mhz is None
-            else tuple(sorted(set(clocks_mhz), reverse=True))
-        )
-        self._position = 0
+        self._supported = tuple(supported_clocks_mhz)
+        self._clocks = tuple(clocks_mhz)
+        self._of_step = iterations_of_step
         self._iterations: dict[int, list[Iteration]] = {}
         self._readings: list[CounterReading] = []
         self._measured: dict[int, ClockMeasurements | None] = {}
         self._measured_from: dict[int, tuple[int, int, int]] = {}
-        self._last_asked_mhz: int | None = None
-        self._since_change = 0
+        # Of the step that is under way.
+        self._asked_mhz: int | None = None
+        self._last_number: int | None = None  # of the iteration before, if that ran at the same clock
+        self._settled_from_s = math.inf
         self._tries = 0
+        self._done: set[int] = set()
         self._num_added = 0
+        self._overridden_to_mhz: set[int] = set()
         self._notes: list[str] = []
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left to measure."""
-        return self._position >= len(self._clocks)
+        return len(self._done) == len(self._clocks) or self._num_added >= _MOST_ROUNDS * self._iterations_of_round
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What did not go as asked, a sentence each, for the log."""
-        return tuple(self._notes)
+        missing = [clock for clock in self._clocks if clock not in self._done]
+        if not self.is_complete or not missing:
+            return tuple(self._notes)
+        clocks = ", ".join(f"{clock}" for clock in sorted(missing, reverse=True))
+        return (*self._notes, f"stage {self._stage}: {clocks} MHz could not be measured")
 
-    def next_clock(self) -> int | None:
-        """The clock to hold in the next iteration [MHz], None when the sweep is complete."""
-        return None if self.is_complete else self._clocks[self._position]
+    def clock_at(self, iterations_since_begin: int) -> int:
+        """The clock to hold in an iteration [MHz], the same on all ranks, also after this one's sweep is complete."""
+        return self._clocks[iterations_since_begin // self._of_step % len(self._clocks)]
 
     def add_iteration(self, iteration: Iteration, asked_mhz: int | None, readings: Sequence[CounterReading]) -> None:
         """Hands in one iteration.
@@ -164,18 +148,26 @@ class Sweep:
             asked_mhz: the clock that was held from its beginning to its end; None where it was another thing.
             readings: of the energy counter, all that came since the last call; they may reach beyond the iteration.
         """
-        self._num_added += 1
         self._readings += readings
-        self._since_change = self._since_change + 1 if asked_mhz == self._last_asked_mhz else 1
-        self._last_asked_mhz = asked_mhz
-        if asked_mhz is None or not iteration.spans or self._since_change <= self._settings.discarded_iterations:
+        if asked_mhz != self._asked_mhz:
+            if self._asked_mhz is not None:
+                self._end_step(self._asked_mhz)
+            self._asked_mhz, self._tries, self._last_number = asked_mhz, 0, None
+        has_changed = self._last_number is None or iteration.number != self._last_number + 1
+        self._last_number = iteration.number
+        if asked_mhz is None or not iteration.spans:
             return
+        self._num_added += 1
+        if has_changed:
+            self._settled_from_s = iteration.begin_s + _SETTLING_S
+        if has_changed or iteration.begin_s < self._settled_from_s:
+            return
+        self._tries += 1
         in_force_mhz = self._clock_in_force(iteration, asked_mhz)
         if in_force_mhz is not None:
             self._iterations.setdefault(in_force_mhz, []).append(iteration)
-        if asked_mhz == self.next_clock():
-            self._tries += 1
-            self._go_on_if_done(asked_mhz)
+        if self._tries == self._of_step - 1:
+            self._end_step(asked_mhz)
 
     def measurements(self) -> StageMeasurements:
         """What was measured so far, also at clocks that were in force without being asked for."""
@@ -184,15 +176,18 @@ class Sweep:
 
     def progress(self) -> Progress:
         """How far it is."""
-        each = self._settings.discarded_iterations + self._settings.min_iterations
-        left = len(self._clocks) - self._position
+        left = self._iterations_of_round - self._num_added % self._iterations_of_round
         return Progress(
-            self.next_clock(),
-            self._position,
+            None if self.is_complete else self.clock_at(self._num_added),
+            len(self._done),
             len(self._clocks),
             self._num_added,
-            max(left * each - self._tries, min(left, 1)),
+            0 if self.is_complete else left,
         )
+
+    @property
+    def _iterations_of_round(self) -> int:
+        return self._of_step * len(self._clocks)
 
     def _clock_in_force(self, iteration: Iteration, asked_mhz: int) -> int | None:
         """The clock an iteration really ran at, None where it was not the same throughout.
@@ -214,52 +209,26 @@ class Sweep:
             return min(self._supported, key=lambda clock: abs(clock - other_mhz))
         return None
 
-    def _go_on_if_done(self, clock_mhz: int) -> None:
-        num_iterations = len(self._iterations.get(clock_mhz, []))
-        if num_iterations >= self._settings.min_iterations and self._is_measured_well(clock_mhz):
-            self._go_to(self._position + 1)
-        elif self._tries >= self._settings.max_iterations:
-            next_position = self._position + 1
-            if num_iterations < self._settings.min_iterations:
-                next_position = self._note_override(clock_mhz)
-            self._go_to(next_position)
+    def _end_step(self, clock_mhz: int) -> None:
+        """A clock needs no second step if half of its iterations were seen, and the counter beside them."""
+        if clock_mhz in self._done or 2 * self._tries < self._of_step - 1:
+            return
+        if clock_mhz in self._iterations:
+            if self._measure(clock_mhz) is not None:
+                self._done.add(clock_mhz)
+            return
+        held_instead = [clock for clock in self._iterations if clock < clock_mhz]
+        if held_instead:
+            self._done.add(clock_mhz)
+        self._note_override(clock_mhz, max(held_instead, default=None))
 
-    def _is_measured_well(self, clock_mhz: int) -> bool:
-        measured = self._measure(clock_mhz)
-        return (
-            measured is not None
-            and max(i.relative_error for i in measured.instructions) <= self._settings.relative_error
-        )
-
-    def _note_override(self, asked_mhz: int) -> int:
-        """Says that a clock was not held; returns the position of the next one that could be."""
-        held_instead = [clock for clock in self._iterations if clock < asked_mhz]
-        if not held_instead:
-            self._notes.append(f"stage {self._stage}: {asked_mhz} MHz was asked for, but other clocks were in force")
-            return self._position + 1
-        highest = max(held_instead)
-        self._notes.append(f"stage {self._stage}: {asked_mhz} MHz was asked for, but {highest} MHz was in force")
-        return next((p for p, clock in enumerate(self._clocks) if clock <= highest), len(self._clocks))
-
-    def _go_to(self, position: int) -> None:
-        self._tries = 0
-        self._position = len(self._clocks) if self._has_risen() else position
-
-    def _has_risen(self) -> bool:
-        """Whether every instruction's effective energy at the lowest clock is well above its minimum."""
-        clocks = self.measurements().clocks
-        if len(clocks) < 3:
-            return False
-        blocking = blocking_line(clocks)
-        effective: dict[ChunkKind, list[tuple[float, float]]] = {}
-        for c in clocks:
-            for i in c.instructions:
-                effective_j = i.energy_j - blocking.at(c.clock_mhz) * i.time_s
-                effective.setdefault(i.type, []).append((effective_j, 2 * i.relative_error * i.energy_j))
-        return all(
-            of_type[-1][0] - of_type[-1][1] > (1 + self._settings.rise_margin) * min(e for e, _ in of_type)
-            for of_type in effective.values()
-        )
+    def _note_override(self, asked_mhz: int, held_mhz: int | None) -> None:
+        asked_for = f"stage {self._stage}: {asked_mhz} MHz was asked for, but "
+        if held_mhz is None:
+            self._notes.append(asked_for + "other clocks were in force")
+        elif held_mhz not in self._overridden_to_mhz:
+            self._overridden_to_mhz.add(held_mhz)
+            self._notes.append(asked_for + f"{held_mhz} MHz was in force")
 
     def _measure(self, clock_mhz: int) -> ClockMeasurements | None:
         """What the iterations at a clock tell; solved anew only when more has become known of them."""

@@ -5,6 +5,7 @@ Whatever is decided holds from an iteration that lies so far ahead that all rank
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from perseus_core.runtime.ranks.speed_watch import SlowRank, SpeedWatch
 # Iterations without a plan of their own that come so often get one.
 _OFTEN = 10
 _MOST_COOL_PATIENCE = 1000
+# What is measured at a clock lasts so long at least: some moves of the energy counter.
+_LEAST_MEASURED_S = 0.5
 # Energies of iterations are remembered so long: verdicts and the status speak of them.
 _REMEMBERED_ITERATIONS = 1000
 # Ranks end their training within so many iterations of each other.
@@ -40,6 +43,7 @@ class Limits:
     tolerance: float
     slow_gpu: float = 0.05
     max_corrections: int = 3
+    profile_iterations: int = 3
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Decisions:
     Attributes:
         phase: what the job does.
         from_iteration: it does so from this iteration on.
+        iterations_of_step: while profiling, how many iterations each clock is held; the first is discarded.
         baseline: once measured.
         collection: how often measurements were collected, the one under way included.
         reason: what the newest collection is for.
@@ -102,6 +107,7 @@ class Decisions:
         self.baseline = baseline
         self.phase = Phase.SOLVE if has_plan and self._can_lock and not limits.measure_only else Phase.WARM_UP
         self.from_iteration = 0
+        self.iterations_of_step = 0
         self.collection = 0
         self.reason = Reason.PROFILED
         self.plan = 0
@@ -277,6 +283,8 @@ class Decisions:
         elif self._has_profile:
             self._start_collection(Reason.PROFILED, soonest)
         else:
+            for_energy = math.ceil(_LEAST_MEASURED_S / self.baseline.time_s)
+            self.iterations_of_step = 1 + max(self._limits.profile_iterations, for_energy)
             self._enter(Phase.PROFILE, soonest)
 
     def _measured_baseline(self) -> Baseline:

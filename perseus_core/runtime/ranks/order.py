@@ -68,6 +68,7 @@ class Order:
         baseline: of the job, once it is measured.
         speaker: the rank that knows why all step aside, and says it; -1 for none.
         store_speaker: the rank that says so when the store is gone: not the one with which it goes.
+        iterations_of_step: while profiling, how many iterations each clock is held; the first is discarded.
     """
 
     number: int = 0
@@ -80,6 +81,7 @@ class Order:
     baseline: Baseline | None = None
     speaker: int = -1
     store_speaker: int = 1
+    iterations_of_step: int = 0
 
     @property
     def usual_microbatches(self) -> int:

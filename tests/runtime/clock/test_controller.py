@@ -142,6 +142,19 @@ def test_one_clock_is_held_until_it_is_given_back(
     assert controller.num_lock_calls == 1
 
 
+def test_a_clock_is_held_from_an_event_on(node: SimulatedNode, make_controller: Callable[..., ClockController]) -> None:
+    """The host is ahead of the GPU: what the GPU still does runs at the clock that was asked for before."""
+    controller = make_controller()
+    controller.hold(700)
+    begins = LateEvent()
+    controller.hold(600, begins)
+    wait_until(lambda: controller.clock_in_force_mhz == 700)
+    time.sleep(0.1)  # were the event not waited for, it would be asked for long before
+    assert controller.clock_in_force_mhz == 700
+    begins.reach()
+    wait_until(lambda: controller.clock_in_force_mhz == 600)
+
+
 def test_a_clock_is_held_as_long_as_instructions_are_reported(
     node: SimulatedNode, make_controller: Callable[..., ClockController]
 ) -> None:

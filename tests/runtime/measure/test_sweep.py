@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from perseus_core.errors import InputError
 from perseus_core.gpu.device import ThrottleReason
 from perseus_core.runtime.measure.energy import Iteration
 from perseus_core.runtime.measure.stage_measurements import SweepRows, merge
-from perseus_core.runtime.measure.sweep import Sweep, SweepSettings, sweep_clocks
+from perseus_core.runtime.measure.sweep import Sweep, sweep_clocks
 
 from ..emulated_pipeline import PipelineRun, profile_pipeline
 from ..simulated_machine import duration_s, simulated_machine
@@ -49,11 +49,9 @@ class SyntheticTraining:
 
     def run(self, num_iterations: int = 200) -> None:
         while not self.sweep.is_complete and len(self.asked) < num_iterations:
-            clock = self.sweep.next_clock()
-            assert clock is not None
-            self.iterate(clock)
+            self.iterate(self.sweep.clock_at(len(self.asked)))
 
-    def iterate(self, asked_mhz: int) -> None:
+    def iterate(self, asked_mhz: int, *, counter: bool = True) -> None:
         clock, throttle = self._in_force(asked_mhz)
         pieces = stage_in_1f1b(
             forward=(time_s(clock), power_w(clock)),
@@ -71,148 +69,188 @@ class SyntheticTraining:
         self.asked.append(asked_mhz)
         self._now_s = iteration.end_s
         self._energy_j += sum(seconds * watts for _, seconds, watts in pieces)
-        self.sweep.add_iteration(iteration, asked_mhz, readings)
+        self.sweep.add_iteration(iteration, asked_mhz, readings if counter else [])
 
 
-def runs(asked: Sequence[int]) -> list[int]:
-    return [clock for i, clock in enumerate(asked) if i == 0 or asked[i - 1] != clock]
+def sweep_of(clocks_mhz: tuple[int, ...], *, stage: int = 0, iterations_of_step: int = 3) -> Sweep:
+    return Sweep(stage, SUPPORTED_MHZ, clocks_mhz, iterations_of_step)
+
+
+def measured(sweep: Sweep) -> list[tuple[int, int]]:
+    """Clocks, and how many iterations count for each."""
+    return [(c.clock_mhz, c.num_iterations) for c in sweep.measurements().clocks]
 
 
 def test_clocks_are_even_over_the_useful_range_and_supported() -> None:
     """From the highest supported clock to 45 % of it."""
     clocks = sweep_clocks(SUPPORTED_MHZ, 8)
     assert len(clocks) == 8
-    assert clocks[0] == 1410
-    assert clocks[-1] == pytest.approx(0.45 * 1410, abs=8)
+    assert max(clocks) == clocks[0] == 1410
+    assert min(clocks) == pytest.approx(0.45 * 1410, abs=8)
     assert set(clocks) <= set(SUPPORTED_MHZ)
-    assert np.ptp(np.diff(clocks)) <= 15
+    assert np.ptp(np.diff(sorted(clocks))) <= 15
     assert sweep_clocks((1000, 900), 8) == (1000, 900)
 
 
-def test_the_sweep_goes_down_from_the_top_and_finds_the_truth() -> None:
-    """Few iterations at each clock; times within 3 %, energies within 5 %."""
-    training = SyntheticTraining(Sweep(0, SUPPORTED_MHZ))
+def test_a_gpu_that_warms_up_meanwhile_does_not_make_one_end_look_costly() -> None:
+    """The order goes down and up again: clocks of the beginning and of the end lie beside each other."""
+    in_order = sorted(sweep_clocks(SUPPORTED_MHZ, 8), reverse=True)
+    places = [in_order.index(clock) for clock in sweep_clocks(SUPPORTED_MHZ, 8)]
+    assert abs(np.corrcoef(places, range(8))[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize("iterations_of_step", [2, 4])
+def test_the_clock_follows_from_the_iteration_alone(iterations_of_step: int) -> None:
+    """Whatever a rank has measured: all hold the same step, over and over until an order ends it."""
+    sweep = sweep_of((1410, 990, 1200), iterations_of_step=iterations_of_step)
+    expected = [clock for clock in (1410, 990, 1200) for _ in range(iterations_of_step)] * 2
+    assert [sweep.clock_at(i) for i in range(len(expected))] == expected
+    training = SyntheticTraining(sweep)
     training.run()
-    assert runs(training.asked) == sorted(set(training.asked), reverse=True)
-    assert len(training.asked) <= 4 * len(set(training.asked))
+    assert sweep.is_complete
+    assert [sweep.clock_at(i) for i in range(len(expected))] == expected
+
+
+def test_the_sweep_finds_the_truth() -> None:
+    """Three iterations at each clock; times within 2 %, energies within 5 %."""
+    training = SyntheticTraining(sweep_of(sweep_clocks(SUPPORTED_MHZ, 8), iterations_of_step=4))
+    training.run()
+    assert len(training.asked) == 8 * 4
+    assert training.sweep.notes == ()
     for c in training.sweep.measurements().clocks:
         for i in c.instructions:
             stretch = 1 if i.type == FORWARD else 2
             truth_j = stretch * time_s(c.clock_mhz) * power_w(c.clock_mhz) * (1 if i.type == FORWARD else 1.05)
-            assert i.time_s == pytest.approx(stretch * time_s(c.clock_mhz), rel=0.03)
+            assert i.time_s == pytest.approx(stretch * time_s(c.clock_mhz), rel=0.02)
             assert i.energy_j == pytest.approx(truth_j, rel=0.05)
             assert i.samples == 8 * c.num_iterations
 
 
-def test_the_sweep_ends_when_effective_energy_has_risen() -> None:
-    """It goes a little below the clock of least effective energy, and not down to the end."""
-    clocks = range(1410, 300, -100)
-    training = SyntheticTraining(Sweep(0, SUPPORTED_MHZ, clocks_mhz=clocks))
-    training.run()
-    best = min(clocks, key=lambda clock: (power_w(clock) - waiting_w(clock)) * time_s(clock))
-    assert best - 300 <= min(training.asked) < best
-    assert training.sweep.is_complete
-
-
 def test_the_first_iteration_after_a_change_is_discarded() -> None:
-    """It is not among the executions that count."""
-    sweep = Sweep(0, SUPPORTED_MHZ, SweepSettings(discarded_iterations=1, min_iterations=2), clocks_mhz=[1410, 1200])
+    """It is not among those that count."""
+    training = SyntheticTraining(sweep_of((1410, 1200)))
+    training.run()
+    assert training.asked == [1410] * 3 + [1200] * 3
+    assert measured(training.sweep) == [(1410, 2), (1200, 2)]
+
+
+def test_what_begins_too_soon_after_a_change_is_discarded_too() -> None:
+    """An iteration may be shorter than the time until a clock is in force."""
+    sweep = sweep_of((1410,), iterations_of_step=9)
+    pieces = [(FORWARD, 0.04, 300.0)]
+    for number in range(6):
+        (iteration,) = lay_out([pieces], 100 + 0.04 * number)
+        sweep.add_iteration(replace(iteration, number=number), 1410, [])
+    assert len(sweep._iterations[1410]) == 3, "those that begin 0.12, 0.16 and 0.20 s after the change"
+
+
+def test_after_something_else_the_clock_comes_late_again() -> None:
+    """An evaluation ran at the driver's clock: the next iteration is discarded."""
+    sweep = sweep_of((1410,), iterations_of_step=6)
     training = SyntheticTraining(sweep)
-    training.run()
-    for c in sweep.measurements().clocks:
-        assert c.num_iterations == training.asked.count(c.clock_mhz) - 1
-
-
-def test_more_iterations_are_asked_for_while_errors_are_large() -> None:
-    """A limit that cannot be met is given up after the most iterations allowed."""
-    settings = SweepSettings(relative_error=1e-6, min_iterations=2, max_iterations=4)
-    training = SyntheticTraining(Sweep(0, SUPPORTED_MHZ, settings, clocks_mhz=[1410, 1200]))
-    training.run()
-    assert training.asked == [1410] * 5 + [1200] * 5
+    for _ in range(3):
+        training.iterate(1410)
+    training.asked.append(0)  # its number is missing among those that are handed in
+    for _ in range(3):
+        training.iterate(1410)
+    assert measured(sweep) == [(1410, 4)]
+    assert not sweep.is_complete
 
 
 def test_heat_that_limits_the_clock_is_recorded_at_the_clock_in_force() -> None:
-    """Nothing is filed under a clock that was not held; the clocks above the limit are passed over, with a note."""
-    sweep = Sweep(2, SUPPORTED_MHZ)
+    """Nothing is filed under a clock that was not held, and the first that was not is named."""
+    sweep = sweep_of((1410, 1200, 990, 800), stage=2)
     training = SyntheticTraining(sweep, lambda asked: (min(asked, 990), ThrottleReason.THERMAL))
     training.run()
-    assert {c.clock_mhz for c in sweep.measurements().clocks} == {990} | {c for c in training.asked if c <= 990}
-    assert runs(training.asked)[1] <= 990
+    assert len(training.asked) == 12, "no second round for clocks that cannot be held"
+    assert measured(sweep) == [(990, 6), (800, 2)]
     assert sweep.notes == ("stage 2: 1410 MHz was asked for, but 990 MHz was in force",)
 
 
 def test_heat_in_the_middle_of_an_iteration_costs_that_iteration() -> None:
     """Readings at different clocks belong to none of them."""
-    sweep = Sweep(0, SUPPORTED_MHZ, SweepSettings(discarded_iterations=0, min_iterations=1), clocks_mhz=[1410])
+    sweep = sweep_of((1410,))
     pieces = stage_in_1f1b()
-    (iteration,) = lay_out([pieces])
-    readings = read_counter([pieces], clock_mhz=1410)
-    half = len(readings) // 2
-    hot = [replace(r, clock_mhz=900, throttle=ThrottleReason.THERMAL) for r in readings[half:]]
-    sweep.add_iteration(iteration, 1410, readings[:half] + hot)
+    for number in range(3):
+        (iteration,) = lay_out([pieces], 100.0 * number)
+        readings = read_counter([pieces], begin_s=100.0 * number, clock_mhz=1410)
+        half = len(readings) // 2
+        hot = [replace(r, clock_mhz=900, throttle=ThrottleReason.THERMAL) for r in readings[half:]]
+        sweep.add_iteration(replace(iteration, number=number), 1410, readings[:half] + hot)
     assert sweep.measurements().clocks == ()
     assert not sweep.is_complete
 
 
 def test_the_power_limit_belongs_to_the_clock_asked_for() -> None:
     """Asking for a capped clock gives the same again, so it is measured under its own name."""
-    sweep = Sweep(0, SUPPORTED_MHZ, clocks_mhz=[1410, 900])
+    sweep = sweep_of((1410, 900))
     SyntheticTraining(sweep, lambda asked: (min(asked, 1300), ThrottleReason.POWER_CAP)).run()
-    assert [c.clock_mhz for c in sweep.measurements().clocks] == [1410, 900]
+    assert measured(sweep) == [(1410, 2), (900, 2)]
 
 
-def test_iterations_known_late_still_count() -> None:
-    """Three iterations run before the first is handed in: those of the old clock count for it, none for the new one."""
-    sweep = Sweep(0, SUPPORTED_MHZ, SweepSettings(relative_error=0.05), clocks_mhz=[1410, 1200])
+def test_a_clock_that_was_missed_has_a_second_chance() -> None:
+    """The order came late, or evaluations took its iterations: it comes again, and counts with what was seen before."""
+    sweep = sweep_of((1410, 1200, 990))
     training = SyntheticTraining(sweep)
-    for clock in [1410] * 5 + [1200] * 3:
-        training.iterate(clock)
-    assert [(c.clock_mhz, c.num_iterations) for c in sweep.measurements().clocks] == [(1410, 4), (1200, 2)]
+    for _ in range(3):
+        training.iterate(1410)
+    for _ in range(3):
+        training.asked.append(0)
+    for _ in range(3):
+        training.iterate(990)
+    assert not sweep.is_complete
+    training.run()
+    assert training.asked[9:] == [1410] * 3 + [1200] * 3
+    assert measured(sweep) == [(1410, 4), (1200, 2), (990, 2)]
+    assert sweep.notes == ()
+
+
+def test_a_counter_that_stops_ends_the_sweep_after_two_rounds() -> None:
+    """And the clocks that are not known are named."""
+    sweep = sweep_of((1410, 990, 1200))
+    training = SyntheticTraining(sweep)
+    for number in range(18):
+        assert not sweep.is_complete
+        training.iterate(sweep.clock_at(number), counter=number < 3)
     assert sweep.is_complete
+    assert measured(sweep)[0][0] == 1410
+    assert len(measured(sweep)) == 1
+    assert sweep.notes == ("stage 0: 1200, 990 MHz could not be measured",)
 
 
 def test_an_iteration_without_instructions_or_of_something_else_is_ignored() -> None:
     """Partial and evaluation iterations leave no trace in the measurements."""
-    sweep = Sweep(0, SUPPORTED_MHZ)
+    sweep = sweep_of((1410, 990))
     sweep.add_iteration(Iteration(0, 1.0, 2.0, ()), 1410, [])
     sweep.add_iteration(Iteration(1, 2.0, 3.0, ()), None, [])
     assert sweep.measurements().clocks == ()
-    assert sweep.next_clock() == 1410
+    assert sweep.progress().iterations_done == 0
 
 
 def test_progress_counts_down_to_the_end() -> None:
     """What is left never grows while all goes as planned, and the end is said."""
-    training = SyntheticTraining(
-        Sweep(0, SUPPORTED_MHZ, SweepSettings(relative_error=0.5), clocks_mhz=[1410, 1200, 990])
-    )
-    left = []
+    training = SyntheticTraining(sweep_of((1410, 990, 1200)))
+    left, said = [], []
     while not training.sweep.is_complete:
         left.append(training.sweep.progress().iterations_left)
+        said.append(str(training.sweep.progress()))
         training.run(len(training.asked) + 1)
-    assert left == sorted(left, reverse=True)
-    assert "clock 1 of 3 (1410 MHz)" in str(Sweep(0, SUPPORTED_MHZ, clocks_mhz=[1410, 1200, 990]).progress())
+    assert left == [9, 8, 7, 6, 5, 4, 3, 2, 1]
+    assert said[0] == "profiling clock 1 of 3 (1410 MHz), about 9 iterations left"
+    assert said[3] == "profiling clock 2 of 3 (990 MHz), about 6 iterations left"
     assert str(training.sweep.progress()) == "profiled 3 clocks in 9 iterations"
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"num_clocks": 0}, "num_clocks"),
-        ({"max_iterations": 1}, "max_iterations"),
-        ({"rise_margin": 2.0}, "rise_margin"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(changes: dict[str, float], named: str) -> None:
+def test_a_step_that_measures_nothing_is_refused() -> None:
     """One sentence that names the setting."""
-    with pytest.raises(InputError, match=named):
-        SweepSettings(**changes)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="iterations_of_step is 1; it must be 2 or more: one is discarded"):
+        sweep_of((1410,), iterations_of_step=1)
 
 
 def test_a_pipeline_of_processes_profiles_itself(tmp_path: Path) -> None:
     """Two stages on simulated GPUs behind the real `pynvml`: times within 3 %, energies within 5 %, waiting found."""
     with simulated_machine(tmp_path, noise={"time": 0.01, "energy": 0.01}, energy_counter_period_s=0.05) as node:
-        settings = SweepSettings(relative_error=0.01, max_iterations=5)
-        run = PipelineRun(node.folder, 2, 6, settings, clocks_mhz=(1000, 700), times_of_gpu=True)
+        run = PipelineRun(node.folder, 2, 6, iterations_of_step=5, clocks_mhz=(1000, 700), times_of_gpu=True)
         results = profile_pipeline(run)
         for result in results:
             assert [c.clock_mhz for c in result.measurements.clocks] == [1000, 700]
