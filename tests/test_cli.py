@@ -54,6 +54,7 @@ def test_json_holds_what_machines_need(tmp_path: Path, capsys: pytest.CaptureFix
         ["--eta", "0.5", "--carbon-intensity", "500", "400"],
         ["--power-cap", "900"],
         ["--switch-latency", "0.015"],
+        ["--switch-latency", "0.015", "--max-changes-per-s", "2"],
     ],
 )
 def test_every_policy_has_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: list[str]) -> None:
@@ -64,6 +65,23 @@ def test_every_policy_has_its_option(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["plan", frontier, "--json", *policy]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["bound_energy_j"] <= plan["energy_j"] * (1 + 1e-9)
+
+
+def test_a_plan_tells_how_often_clocks_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what executing it takes; a person reads it in words."""
+    frontier = str(tmp_path / "frontier.json")
+    cli.main([*SOLVE, "--json", "-o", frontier])
+    capsys.readouterr()
+    switching = ["--switch-latency", "0.015", "--max-changes-per-s", "1"]
+    assert cli.main(["plan", frontier, "--json", *switching]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert 2 <= plan["changes_per_iteration"] <= plan["executed_time_s"]
+    assert plan["granularity"] == ("phase" if plan["changes_per_iteration"] <= 3 else "instruction")
+    assert (plan["executed_time_s"], plan["executed_energy_j"]) == (plan["iteration_time_s"], plan["energy_j"])
+    assert cli.main(["plan", frontier, *switching]) == 0
+    assert "if clocks changed at once" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["plan", frontier, "--max-changes-per-s", "-1"]) == 2
+    assert "--max-changes-per-s -1.0 must be 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zb-h1"])

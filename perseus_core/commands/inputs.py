@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import Kind, Schedule, gpipe, interleaved, one_f_one_b, zb_h1
 from perseus_core.planning.solver import solve
+from perseus_core.planning.switching import Switching
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1")
 
@@ -146,6 +148,12 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long a change of clock takes (default: 0; real: 0.015)",
     )
+    group.add_argument(
+        "--max-changes-per-s",
+        type=float,
+        metavar="N",
+        help="how often a GPU may change its clock (default: any number)",
+    )
 
 
 def read_policy(args: argparse.Namespace, problem: PipelineProblem) -> policy.Policy:
@@ -156,8 +164,6 @@ def read_policy(args: argparse.Namespace, problem: PipelineProblem) -> policy.Po
     """
     if args.carbon_intensity is not None and args.eta is None:
         raise InputError("--carbon-intensity weighs the cost of --eta; give --eta as well")
-    if args.switch_latency < 0:
-        raise InputError(f"--switch-latency {args.switch_latency} is negative; 0.015 means 15 ms")
     if args.max_slowdown is not None:
         return policy.max_slowdown(args.max_slowdown)
     if args.fastest:
@@ -173,6 +179,19 @@ def read_policy(args: argparse.Namespace, problem: PipelineProblem) -> policy.Po
     if args.power_cap is not None:
         return policy.power_cap(args.power_cap)
     return policy.no_slowdown
+
+
+def read_switching(args: argparse.Namespace) -> Switching:
+    """What changes of clock take, as the arguments say.
+
+    Raises:
+        InputError: for values out of range.
+    """
+    if not 0 <= args.switch_latency < math.inf:
+        raise InputError(f"--switch-latency {args.switch_latency} must be 0 or more; 0.015 means 15 ms")
+    if args.max_changes_per_s is not None and not 0 <= args.max_changes_per_s < math.inf:
+        raise InputError(f"--max-changes-per-s {args.max_changes_per_s} must be 0 or more; 10 is harmless")
+    return Switching(args.switch_latency, args.switch_latency, max_changes_per_s=args.max_changes_per_s)
 
 
 def remark(text: str) -> None:

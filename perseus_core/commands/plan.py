@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from perseus_core.commands.inputs import add_policy_arguments, answers, print_json, read_policy, say_written
+from perseus_core.commands.inputs import (
+    add_policy_arguments,
+    answers,
+    print_json,
+    read_policy,
+    read_switching,
+    say_written,
+)
 from perseus_core.planning.frontier_file import load_frontier
 from perseus_core.planning.plan import make_plan
 from perseus_core.report.tables import plan_table
@@ -24,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Makes the plan, prints it, writes the file."""
     frontier = load_frontier(args.frontier)
     problem = frontier.problem
-    plan = make_plan(frontier, read_policy(args, problem), switch_latency_s=args.switch_latency)
+    plan = make_plan(frontier, read_policy(args, problem), switching=read_switching(args))
     if args.output:
         plan.save(args.output)
     if args.json:
@@ -37,6 +44,11 @@ def run(args: argparse.Namespace) -> int:
             "slowdown": plan.slowdown,
             "bound_energy_j": plan.bound_energy_j,
             "gap": plan.gap,
+            "executed_time_s": plan.iteration_time_s,
+            "executed_energy_j": plan.energy_j,
+            "changes_per_iteration": plan.changes_per_iteration,
+            "granularity": plan.granularity.value,
+            "lost_to_switching": plan.lost_to_switching,
             "clocks_mhz": plan.clocks_mhz,
         }
         if args.straggler is not None:

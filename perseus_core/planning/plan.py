@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
 from perseus_core.documents import Fields, load_document, rows, save_document
 from perseus_core.errors import InputError
 from perseus_core.planning.baselines import all_max
+from perseus_core.planning.choice import choose_clocks
 from perseus_core.planning.execution import Execution
 from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.policy import Policy, no_slowdown
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.schedule import Instruction, Kind, Placement, Schedule
-from perseus_core.planning.switching import choose_clocks
+from perseus_core.planning.switching import AT_ONCE, Switching, changes_per_iteration
 
 FORMAT = "perseus-plan"
-VERSION = 1
+VERSION = 2
 _COLUMNS = {
     "kind": str,
     "chunk": int,
@@ -27,6 +29,24 @@ _COLUMNS = {
     "duration_s": float,
     "energy_j": float,
 }
+
+
+class Granularity(str, Enum):
+    """How finely a plan changes clocks."""
+
+    STAGE = "stage"
+    """One clock for each stage."""
+    PHASE = "phase"
+    """At most three clocks for each stage, one after the other: as many as an iteration has phases."""
+    INSTRUCTION = "instruction"
+    """Finer."""
+
+    @classmethod
+    def of(cls, changes_per_iteration: int) -> Granularity:
+        """That of a plan whose stages change clocks so often at most."""
+        if changes_per_iteration == 0:
+            return cls.STAGE
+        return cls.PHASE if changes_per_iteration <= 3 else cls.INSTRUCTION
 
 
 @dataclass(frozen=True)
@@ -57,10 +77,11 @@ class Plan:
     Attributes:
         schedule: the schedule it is for.
         stages: for each stage its instructions in schedule order.
-        iteration_time_s, energy_j: what the plan promises; time spent at the old clock after a switch is counted.
+        iteration_time_s, energy_j: what the plan promises: what executing it takes, changes of clock included.
         bound_energy_j: proved: no choice of clocks costs less in as much time as this plan was allowed.
         baseline_time_s, baseline_energy_j: the same iteration with all clocks at maximum.
-        switch_latency_s: how long a change of clock was assumed to take.
+        switching: what changes of clock take, and how many there may be.
+        instant_energy_j: what a plan would take in as much time if clocks changed at once, as often as one likes.
 
     Raises:
         InputError: if a stage's instructions are not those of the schedule, or a promise is not positive.
@@ -73,12 +94,20 @@ class Plan:
     bound_energy_j: float
     baseline_time_s: float
     baseline_energy_j: float
-    switch_latency_s: float = 0.0
+    switching: Switching
+    instant_energy_j: float
 
     def __post_init__(self) -> None:
         if tuple(tuple(p.instruction for p in order) for order in self.stages) != self.schedule.stages:
             raise InputError("plan does not hold the instructions of its schedule, in their order")
-        for name in ("iteration_time_s", "energy_j", "bound_energy_j", "baseline_time_s", "baseline_energy_j"):
+        for name in (
+            "iteration_time_s",
+            "energy_j",
+            "bound_energy_j",
+            "baseline_time_s",
+            "baseline_energy_j",
+            "instant_energy_j",
+        ):
             if not getattr(self, name) > 0:
                 raise InputError(f"plan has {name} {getattr(self, name)}; it must be above 0")
 
@@ -107,6 +136,21 @@ class Plan:
         """Share by which the plan costs more than the proved bound: it is at most so far from the best possible."""
         return self.energy_j / self.bound_energy_j - 1
 
+    @property
+    def changes_per_iteration(self) -> int:
+        """Changes of clock in an iteration, of the stage that has most; the one back to its first clock included."""
+        return max(changes_per_iteration(clocks) for clocks in self.clocks_mhz)
+
+    @property
+    def granularity(self) -> Granularity:
+        """How finely it changes clocks."""
+        return Granularity.of(self.changes_per_iteration)
+
+    @property
+    def lost_to_switching(self) -> float:
+        """Share of the baseline's energy that would be saved besides if clocks changed at once."""
+        return max(0.0, self.energy_j - self.instant_energy_j) / self.baseline_energy_j
+
     def save(self, path: str | Path) -> None:
         """Writes `plan.json`."""
         save_document(
@@ -125,7 +169,8 @@ class Plan:
                 "bound_energy_j": self.bound_energy_j,
                 "baseline_time_s": self.baseline_time_s,
                 "baseline_energy_j": self.baseline_energy_j,
-                "switch_latency_s": self.switch_latency_s,
+                "switching": asdict(self.switching),
+                "instant_energy_j": self.instant_energy_j,
                 "columns": list(_COLUMNS),
                 "stages": [
                     [
@@ -173,7 +218,8 @@ class Plan:
                 fields.number("bound_energy_j"),
                 fields.number("baseline_time_s"),
                 fields.number("baseline_energy_j"),
-                fields.number("switch_latency_s", at_least=0),
+                _read_switching(fields.section("switching")),
+                fields.number("instant_energy_j"),
             )
         except InputError as error:
             message = str(error)
@@ -185,7 +231,7 @@ def make_plan(
     policy: Policy = no_slowdown,
     *,
     baseline: Execution | None = None,
-    switch_latency_s: float = 0.0,
+    switching: Switching = AT_ONCE,
 ) -> Plan:
     """The plan for the point of the frontier that a policy picks.
 
@@ -193,7 +239,7 @@ def make_plan(
         frontier: the solved pipeline.
         policy: picks the iteration time that the plan must keep.
         baseline: what to compare with; by default all clocks at maximum.
-        switch_latency_s: how long a change of clock takes; the promise counts the time at the old clock.
+        switching: what changes of clock take; the promise counts it.
 
     Raises:
         InputError: if the policy asks for what cannot be.
@@ -201,7 +247,8 @@ def make_plan(
     problem = frontier.problem
     baseline = baseline or all_max(problem)
     target_s = policy(frontier, baseline.iteration_time_s)
-    chosen = choose_clocks(problem, frontier, target_s, switch_latency_s=switch_latency_s)
+    chosen = choose_clocks(problem, frontier, target_s, switching=switching)
+    instant = chosen if switching.is_free else choose_clocks(problem, frontier, target_s)
     start_s = problem.dag.start_times_s(chosen.durations_s)
     planned = (
         PlannedInstruction(instruction, int(clock), float(start), float(duration), float(energy))
@@ -222,8 +269,14 @@ def make_plan(
         bound_energy_j=frontier.energy_j(min(max(target_s, chosen.iteration_time_s), frontier.min_energy_time_s)),
         baseline_time_s=baseline.iteration_time_s,
         baseline_energy_j=baseline.energy_j,
-        switch_latency_s=switch_latency_s,
+        switching=switching,
+        instant_energy_j=instant.energy_j,
     )
+
+
+def _read_switching(fields: Fields) -> Switching:
+    most = None if fields.fields.get("max_changes_per_s") is None else fields.number("max_changes_per_s")
+    return Switching(fields.number("up_s"), fields.number("down_s"), fields.number("jitter_s"), most)
 
 
 def _read_stage(fields: Fields, stage: int, order: object) -> tuple[PlannedInstruction, ...]:

@@ -1,225 +1,211 @@
-"""Clocks for a point of the frontier, when changing a clock takes time.
+"""How clocks change: what really happens when every instruction is asked to run at its clock.
 
-Changing a clock takes 10 to 20 ms, during which the GPU runs on at the old one. A plan made as if changes were free is
-late where it goes from a slow clock to a fast one, and changes clocks where that costs more than it saves. So what a
-plan promises is what happens when changes take their time (`execute_with_switching`). It is made in three steps: round
-the slowest point of the frontier that is then in time; where even the fastest is late, make instructions faster or
-spare them their change, least cost per second first; then let instructions and runs of equal clocks take the clock
-of their neighbours, or the next useful one, as long as that saves energy and stays in time.
-
-The inner loops are in `native/switching.c`.
+A change takes a latency (10 to 300 ms, up and down not the same) and comes a little too early or too late. It is asked
+for ahead of the boundary between two instructions, so it costs something only where the one before it has not come yet,
+or where it may come at the wrong moment. The controller does what is calculated here. The inner loops are in
+`native/switching.c`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perseus_core.errors import InputError
 from perseus_core.planning import _native
-from perseus_core.planning.baselines import all_max
-from perseus_core.planning.execution import Execution, execute, executed
-from perseus_core.planning.frontier import Frontier
+from perseus_core.planning.execution import Execution, executed
 from perseus_core.planning.problem import PipelineProblem
-from perseus_core.planning.rounding import DEFAULT_EFFORT, Neighbours, Rounder, neighbours
-
-# However many instructions there are, so many are run in trials at most: one or two seconds.
-_MOST_RUN = 50_000_000
-_NUM_BISECTIONS = 8
-_NONE = -1
+from perseus_core.planning.rounding import neighbours
 
 ClocksMhz = NDArray[np.int64]
+_A = NDArray[Any]
+_Arrays = tuple[_A, _A, _A, _A, _A, _A, _A, _A, _A, _A, _A, _A, _A]
 
 
-def choose_clocks(
-    problem: PipelineProblem,
-    frontier: Frontier[PipelineProblem],
-    iteration_time_s: float,
-    *,
-    switch_latency_s: float = 0.0,
-    effort: int = DEFAULT_EFFORT,
-) -> Execution:
-    """Clocks of little energy with which the iteration takes no longer than this.
+@dataclass(frozen=True)
+class Switching:
+    """What changes of a GPU's clock take, and how many there may be. The default: nothing, and any number.
 
-    Args:
-        problem: the pipeline.
-        frontier: its frontier.
-        iteration_time_s: the limit. When changes take time, one faster than all clocks at maximum may be out of reach;
-            then the fastest found is returned, and its time says so.
-        switch_latency_s: how long a change of clock takes. Without it, every clock is a useful one of its instruction's
-            tradeoff curve; with it, any measured one, where that saves a change.
-        effort: trials of the search for each instruction, see `Rounder.choose`.
-
-    Returns:
-        What really happens when the plan runs, iteration after iteration.
+    Attributes:
+        up_s, down_s: from asking for a higher, or a lower, clock until it is in force.
+        jitter_s: how much sooner or later it may come. A rise is asked for so much earlier and a fall so much later, so
+            that nothing runs slower than planned.
+        max_changes_per_s: of one GPU; none for any number.
 
     Raises:
-        InputError: if the iteration cannot be that fast even without latency.
+        InputError: if one of them is negative or not a number, or a time is not finite.
     """
-    rounder = Rounder(problem)
-    if switch_latency_s == 0:
-        return execute(problem, _clocks_mhz(problem, rounder.choose(frontier, iteration_time_s, effort=effort)))
-    switching = _Switching(problem, switch_latency_s)
-    start_mhz = _nearly_in_time(switching, rounder, frontier, iteration_time_s)
-    chosen = switching.improve(start_mhz, iteration_time_s, effort)
-    if chosen.iteration_time_s <= iteration_time_s:
-        return chosen
-    # One clock for all needs no change.
-    steady = switching.improve(all_max(problem).clocks_mhz, iteration_time_s, effort)
-    return min(chosen, steady, key=lambda e: e.iteration_time_s)
+
+    up_s: float = 0.0
+    down_s: float = 0.0
+    jitter_s: float = 0.0
+    max_changes_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("up_s", "down_s", "jitter_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"switching has {name} {getattr(self, name)}; it must be seconds, 0 or more")
+        if self.max_changes_per_s is not None and not 0 <= self.max_changes_per_s < math.inf:
+            raise InputError(f"switching has max_changes_per_s {self.max_changes_per_s}; it must be 0 or more")
+
+    @property
+    def is_free(self) -> bool:
+        """Whether clocks change at once and as often as one likes."""
+        return self == Switching()
+
+    def most_changes(self, iteration_time_s: float) -> int | None:
+        """Changes that one GPU may make in an iteration; none if any number."""
+        if self.max_changes_per_s is None:
+            return None
+        # What is meant by 10 changes in 0.3 s is 3.
+        return math.floor(self.max_changes_per_s * iteration_time_s * (1 + 1e-9))
 
 
-def execute_with_switching(problem: PipelineProblem, clocks_mhz: ClocksMhz, switch_latency_s: float) -> Execution:
-    """What really happens when every instruction is asked to run at its clock and changes take time.
+AT_ONCE = Switching()
 
-    The clock for an instruction is asked for when the one before it on its stage ends, and is in force a latency later;
-    so idle time before an instruction hides a change. Until then the instruction progresses at the speed of the old
-    clock and draws its power. Another change asked for in the meantime replaces the one under way. The first
-    instruction of a stage follows the last one of the iteration before, with the time outside the pipeline in between.
+
+def execute_with_switching(problem: PipelineProblem, clocks_mhz: ClocksMhz, switching: Switching) -> Execution:
+    """What really happens when every instruction is asked to run at its clock and changes take their time.
+
+    The clock of an instruction is asked for so early that it is in force when the one before it on its stage ends
+    (earlier or later by the jitter), so idle time in between hides a change that comes late. It is not asked for before
+    the last change is in force; what is wanted for less time than that never comes. An instruction progresses at the
+    speed of the clock in force, and draws its power. An iteration follows another like it, with the time outside the
+    pipeline in between.
 
     Args:
         problem: the pipeline.
         clocks_mhz: of shape (N,), any clocks of the profile. Time and energy of an instruction at a clock where it was
             not measured are interpolated between the clocks where it was.
-        switch_latency_s: how long a change takes.
+        switching: what changes take.
     """
-    return _Switching(problem, switch_latency_s).execute(clocks_mhz)
+    return SwitchedPipeline(problem, switching).execute(clocks_mhz)
 
 
-def _nearly_in_time(
-    switching: _Switching, rounder: Rounder, frontier: Frontier[PipelineProblem], limit_s: float
-) -> ClocksMhz:
-    """The slowest point of the frontier, by bisection, whose rounded plan keeps the limit in spite of its changes."""
-
-    def rounded(planned_s: float) -> ClocksMhz:
-        return _clocks_mhz(switching.problem, rounder.choose(frontier, planned_s, effort=0))
-
-    def in_time(clocks_mhz: ClocksMhz) -> bool:
-        return switching.execute(clocks_mhz).iteration_time_s <= limit_s
-
-    early_s, late_s = frontier.fastest_time_s, min(limit_s, frontier.min_energy_time_s)
-    slowest = rounded(late_s)
-    if in_time(slowest):
-        return slowest
-    best = rounded(early_s)
-    for _ in range(_NUM_BISECTIONS):
-        middle_s = (early_s + late_s) / 2
-        clocks_mhz = rounded(middle_s)
-        if in_time(clocks_mhz):
-            early_s, best = middle_s, clocks_mhz
-        else:
-            late_s = middle_s
-    return best
-
-
-def _clocks_mhz(problem: PipelineProblem, choice: NDArray[np.int32]) -> ClocksMhz:
-    clocks_mhz = np.empty(len(choice), np.int64)
-    for i, curve in enumerate(problem.curves):
-        members = problem.curve_of == i
-        clocks_mhz[members] = np.array(curve.clocks_mhz)[choice[members]]
-    return clocks_mhz
+def changes_per_iteration(clocks_of_stage: Sequence[int]) -> int:
+    """Changes of clock that one stage makes in an iteration, the one back to its first clock included."""
+    return sum(a != b for a, b in pairwise([*clocks_of_stage, clocks_of_stage[0]]))
 
 
 @dataclass(frozen=True, eq=False)
-class _Switching:
-    """A pipeline whose clocks take time to change, as flat arrays; clocks by their number among all measured ones."""
+class SwitchedPipeline:
+    """A pipeline whose clocks take time to change, as flat arrays.
+
+    Instructions are numbered in the order in which they begin; clocks by their place among all that were measured.
+
+    Attributes:
+        problem: the pipeline.
+        switching: what changes take.
+    """
 
     problem: PipelineProblem
-    latency_s: float
+    switching: Switching
 
     def execute(self, clocks_mhz: ClocksMhz) -> Execution:
         """Runs an iteration at these clocks."""
-        return self._run(clocks_mhz, math.inf, 0)
+        return self._run(clocks_mhz, math.inf, num_moves=0, warmth=0.0)
 
-    def improve(self, clocks_mhz: ClocksMhz, limit_s: float, effort: int) -> Execution:
-        """Brings the iteration within the limit if that can be, searches for better clocks, and runs it."""
-        n = self.problem.dag.num_instructions
-        return self._run(clocks_mhz, limit_s, min(effort * n, _MOST_RUN // n))
+    def search(self, clocks_mhz: ClocksMhz, limit_s: float, *, num_moves: int, warmth: float) -> Execution:
+        """Searches for better clocks, from these on, and runs the best that keep the limits, if any were found.
 
-    def _run(self, clocks_mhz: ClocksMhz, limit_s: float, trials: int) -> Execution:
-        problem = self.problem
-        predecessors, stages, tables = self._predecessors, self._stages, self._tables
+        Args:
+            clocks_mhz: where to begin.
+            limit_s: how long an iteration may take.
+            num_moves: how many changes to try.
+            warmth: by how many energies of an instruction, on average, a plan on the way to a better one may be worse
+                than the last one, at first.
+        """
+        return self._run(clocks_mhz, limit_s, num_moves=num_moves, warmth=warmth)
+
+    def keeps(self, execution: Execution, limit_s: float) -> bool:
+        """Whether it is in time and changes clocks no more often than allowed."""
+        return execution.iteration_time_s <= limit_s and all(
+            changes_per_iteration(execution.clocks_mhz[self.problem.stage_of == stage].tolist())
+            <= self._most_changes(limit_s)
+            for stage in range(self.problem.schedule.num_stages)
+        )
+
+    def _most_changes(self, limit_s: float) -> int:
+        most = self.switching.most_changes(limit_s) if math.isfinite(limit_s) else None
+        return self.problem.dag.num_instructions if most is None else most
+
+    def _run(self, clocks_mhz: ClocksMhz, limit_s: float, *, num_moves: int, warmth: float) -> Execution:
+        problem, switching, order = self.problem, self.switching, self._order
         chosen, durations, costs = _native.run_with_switching(
-            problem.dag.topological_order,
-            *predecessors,
-            *stages,
-            problem.curve_of,
-            tables.times_s,
-            tables.costs_j,
-            tables.faster,
-            tables.slower,
-            tables.measured,
-            np.searchsorted(self._all_clocks_mhz, clocks_mhz).astype(np.int32),
+            *self._arrays,
+            np.searchsorted(self._all_clocks_mhz, clocks_mhz[order]).astype(np.int32),
             len(self._all_clocks_mhz),
-            self.latency_s,
+            switching.up_s,
+            switching.down_s,
+            switching.jitter_s,
             problem.outside_time_s,
             problem.blocking_power_w,
             limit_s - problem.outside_time_s,
-            trials,
+            self._most_changes(limit_s),
+            num_moves,
+            warmth,
         )
-        durations_s = np.frombuffer(durations)
-        energies_j = np.frombuffer(costs) + np.array(problem.stage_blocking_power_w)[problem.stage_of] * durations_s
-        return executed(problem, self._all_clocks_mhz[np.frombuffer(chosen, np.int32)], durations_s, energies_j)
+        durations_s, energies_j = np.empty(len(order)), np.empty(len(order))
+        chosen_mhz = np.empty(len(order), np.int64)
+        durations_s[order], energies_j[order] = np.frombuffer(durations), np.frombuffer(costs)
+        chosen_mhz[order] = self._all_clocks_mhz[np.frombuffer(chosen, np.int32)]
+        energies_j += np.array(problem.stage_blocking_power_w)[problem.stage_of] * durations_s
+        return executed(problem, chosen_mhz, durations_s, energies_j)
 
     @cached_property
     def _all_clocks_mhz(self) -> ClocksMhz:
         return np.unique([m.clock_mhz for of_type in self.problem.measurements for m in of_type])
 
     @cached_property
-    def _predecessors(self) -> Neighbours:
-        return neighbours(self.problem.dag.successor, self.problem.dag.predecessor, self.problem.dag)
+    def _order(self) -> NDArray[np.int64]:
+        """Instructions as they begin when all run at their fastest: a topological order."""
+        return np.argsort(self.problem.dag.start_times_s(self.problem.fastest_s), kind="stable")
 
     @cached_property
-    def _stages(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The stage of each instruction, stages without any left out; where each stage begins and the last one ends."""
-        _, first, stage_of = np.unique(self.problem.stage_of, return_index=True, return_inverse=True)
-        return stage_of.astype(np.int32), np.append(first, len(stage_of)).astype(np.int32)
-
-    @cached_property
-    def _tables(self) -> _Tables:
-        return _Tables.of(self.problem, self._all_clocks_mhz)
-
-
-@dataclass(frozen=True, eq=False)
-class _Tables:
-    """What is known of every instruction type at every clock; arrays of shape (types, clocks).
-
-    Attributes:
-        times_s, costs_j: duration and effective energy, interpolated where not measured.
-        faster, slower: number of the next useful clock, or -1.
-        measured: whether the type was measured there.
-    """
-
-    times_s: NDArray[np.float64]
-    costs_j: NDArray[np.float64]
-    faster: NDArray[np.int32]
-    slower: NDArray[np.int32]
-    measured: NDArray[np.uint8]
-
-    @classmethod
-    def of(cls, problem: PipelineProblem, clocks_mhz: ClocksMhz) -> _Tables:
-        shape = len(problem.types), len(clocks_mhz)
-        tables = cls(
-            np.empty(shape),
-            np.empty(shape),
-            np.empty(shape, np.int32),
-            np.empty(shape, np.int32),
-            np.empty(shape, np.uint8),
+    def _arrays(self) -> _Arrays:
+        """What `_native.run_with_switching` wants to know of the pipeline."""
+        dag, order = self.problem.dag, self._order
+        number = np.empty(len(order), np.int32)
+        number[order] = np.arange(len(order))
+        first, others, latency_s = neighbours(number[dag.successor], number[dag.predecessor], dag)
+        # The instructions of a stage stand together, in its order.
+        _, begin, stage_of = np.unique(self.problem.stage_of, return_index=True, return_inverse=True)
+        begin_of_stage = np.append(begin, len(order)).astype(np.int32)
+        before, behind = np.empty(len(order), np.int32), np.empty(len(order), np.int32)
+        for of_stage in np.split(number, begin[1:]):
+            before[of_stage], behind[of_stage] = np.roll(of_stage, 1), np.roll(of_stage, -1)
+        return (
+            first,
+            others,
+            latency_s,
+            stage_of[order].astype(np.int32),
+            self.problem.curve_of[order],
+            before,
+            behind,
+            number[begin],
+            number,
+            begin_of_stage,
+            *self._tables,
         )
-        for i, (curve, measurements) in enumerate(zip(problem.curves, problem.measurements, strict=True)):
+
+    @cached_property
+    def _tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint8]]:
+        """Per type and clock, of shape (types, clocks): time and effective energy, interpolated; whether measured."""
+        clocks_mhz = self._all_clocks_mhz
+        shape = len(self.problem.types), len(clocks_mhz)
+        times_s, costs_j, measured = np.empty(shape), np.empty(shape), np.empty(shape, np.uint8)
+        for i, (curve, measurements) in enumerate(zip(self.problem.curves, self.problem.measurements, strict=True)):
             ascending = measurements[::-1]
             own_mhz = [m.clock_mhz for m in ascending]
-            times_s = np.interp(clocks_mhz, own_mhz, [m.time_s for m in ascending])
+            times_s[i] = np.interp(clocks_mhz, own_mhz, [m.time_s for m in ascending])
             energies_j = np.interp(clocks_mhz, own_mhz, [m.energy_j for m in ascending])
-            useful = np.searchsorted(clocks_mhz, curve.clocks_mhz)  # fastest first
-            next_faster = np.searchsorted(curve.times_s, times_s, side="left") - 1
-            next_slower = np.searchsorted(curve.times_s, times_s, side="right")
-            tables.times_s[i] = times_s
-            tables.costs_j[i] = energies_j - curve.blocking_power_w * times_s
-            tables.faster[i] = np.where(next_faster < 0, _NONE, useful[next_faster])
-            tables.slower[i] = np.append(useful, _NONE)[next_slower]
-            tables.measured[i] = np.isin(clocks_mhz, own_mhz)
-        return tables
+            costs_j[i] = energies_j - curve.blocking_power_w * times_s[i]
+            measured[i] = np.isin(clocks_mhz, own_mhz)
+        return times_s, costs_j, measured

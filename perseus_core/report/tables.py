@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from rich.table import Table
 from rich.text import Text
 
 from perseus_core.planning.execution import Execution
 from perseus_core.planning.frontier import Frontier
-from perseus_core.planning.plan import Plan, PlannedInstruction
+from perseus_core.planning.plan import Granularity, Plan, PlannedInstruction
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.schedule import Kind
+from perseus_core.planning.switching import changes_per_iteration
 from perseus_core.report.titles import schedule_title
 from perseus_core.report.units import NONE, Scale, percent, quantity
 
@@ -94,7 +94,7 @@ def plan_table(plan: Plan) -> Table:
         schedule_title(plan.schedule), "Stage", *columns, "Clock changes", "Working", f"Energy, working [{energy.unit}]"
     )
     for stage, (order, energy_j) in enumerate(zip(plan.stages, energies_j, strict=True)):
-        changes = sum(a.clock_mhz != b.clock_mhz for a, b in pairwise(order))
+        changes = changes_per_iteration([p.clock_mhz for p in order])
         working = sum(p.duration_s for p in order) / plan.iteration_time_s
         clocks = [_clock_range(order, kind) for kind in kinds]
         table.add_row(str(stage), *clocks, str(changes), percent(working, 1), energy.number(energy_j))
@@ -102,7 +102,18 @@ def plan_table(plan: Plan) -> Table:
         f"{quantity(plan.iteration_time_s, 's')} (slowdown {percent(plan.slowdown)}), {quantity(plan.energy_j, 'J')} "
         f"with waiting (saving {percent(plan.saving)}), within {_gap(plan)} of the proved bound"
     )
+    if not plan.switching.is_free:
+        table.caption += (
+            f"; {_GRANULARITY[plan.granularity]}, if clocks changed at once {percent(plan.lost_to_switching)} more"
+        )
     return table
+
+
+_GRANULARITY = {
+    Granularity.STAGE: "one clock for each stage",
+    Granularity.PHASE: "clocks by phases of the iteration",
+    Granularity.INSTRUCTION: "clocks by instructions",
+}
 
 
 def _table(title: str | None, first: str, *numbers: str) -> Table:

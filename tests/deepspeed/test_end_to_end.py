@@ -99,11 +99,12 @@ def job(make_node: MakeNode, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def test_energy_is_saved_as_promised(job: Job) -> None:
-    """The GPUs' own exact energies confirm the promised saving, within two points."""
+    """The GPUs' own exact energies confirm the promised saving, within two points; on a busy machine it may be more."""
     time_s = job.ranks[0]["status"]["baseline_time_s"]
     saving = 1 - job.energy_j(job.settled, time_s) / job.energy_j(job.unlocked, time_s)
+    promised = job.ranks[0]["status"]["promised_saving"]
     assert saving > 0.08
-    assert saving == pytest.approx(job.ranks[0]["status"]["promised_saving"], abs=0.02)
+    assert -0.02 < saving - promised < 0.05
 
 
 def test_instructions_run_at_their_planned_clocks(job: Job) -> None:

@@ -12,12 +12,13 @@ from perseus_core.errors import InputError
 from perseus_core.planning.baselines import all_max
 from perseus_core.planning.execution import execute
 from perseus_core.planning.frontier import Frontier
-from perseus_core.planning.plan import Plan, make_plan
+from perseus_core.planning.plan import Granularity, Plan, make_plan
 from perseus_core.planning.policy import Policy, fastest, max_slowdown, no_slowdown, straggler
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import Placement, interleaved
 from perseus_core.planning.solver import solve
+from perseus_core.planning.switching import Switching
 from tests.planning.fused import fused_with_expert_overlap
 
 AnyFrontier = Frontier[PipelineProblem]
@@ -70,9 +71,26 @@ def test_more_time_never_costs_more(frontier: AnyFrontier) -> None:
 
 def test_a_file_gives_back_the_plan(tmp_path: Path, frontier: AnyFrontier) -> None:
     """Everything survives a round trip."""
-    plan = make_plan(frontier, switch_latency_s=0.01)
+    plan = make_plan(frontier, switching=Switching(0.01, 0.02, 0.001, max_changes_per_s=10.0))
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("most_per_iteration", "granularity"),
+    [(0, Granularity.STAGE), (3, Granularity.PHASE), (None, Granularity.INSTRUCTION)],
+)
+def test_a_plan_says_how_finely_it_changes_clocks(
+    frontier: AnyFrontier, most_per_iteration: int | None, granularity: Granularity
+) -> None:
+    """And what finer changes would save besides, if clocks changed at once."""
+    policy = max_slowdown(0.05)
+    limit_s = policy(frontier, all_max(frontier.problem).iteration_time_s)
+    rate = None if most_per_iteration is None else most_per_iteration / limit_s
+    plan = make_plan(frontier, policy, switching=Switching(0.001, 0.001, max_changes_per_s=rate))
+    assert plan.granularity is granularity
+    assert plan.saving + plan.lost_to_switching == pytest.approx(make_plan(frontier, policy).saving, abs=2e-3)
+    assert (plan.lost_to_switching > 0.002) == (most_per_iteration is not None)
 
 
 def test_a_file_gives_back_how_the_chunks_lie(tmp_path: Path, frontier: AnyFrontier) -> None:
@@ -90,6 +108,7 @@ def test_a_file_gives_back_how_the_chunks_lie(tmp_path: Path, frontier: AnyFront
         ("energy_j", "12", '"energy_j" is "12"'),
         ("version", 99, '"version" is 99'),
         ("columns", [], '"columns"'),
+        ("switching", {"up_s": -1, "down_s": 0, "jitter_s": 0, "max_changes_per_s": None}, "up_s -1"),
         ("stages", [[["forward", 0, 0, 1410, 0.0, 0.1, 1.0]] * 2], "twice"),
         ("stages", [[["forward", 0, 0, 1410, 0.0, float("inf"), 1.0]]], "stage 0"),
         ("stages", [[["sideways", 0, 0, 1410, 0.0, 0.1, 1.0]]], '"sideways"'),

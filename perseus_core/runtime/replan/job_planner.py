@@ -19,6 +19,7 @@ from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import Instruction, InstructionType, Placement, Schedule
 from perseus_core.planning.solver import solve
+from perseus_core.planning.switching import AT_ONCE, Switching
 from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.recorder import Step
 from perseus_core.runtime.ranks.order import Baseline
@@ -77,7 +78,7 @@ class JobPlanner:
         policy: Policy,
         *,
         straggler_slowdown: float = 1.0,
-        switch_latency_s: float = 0.0,
+        switching: Switching = AT_ONCE,
         frontier_file: str = "",
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,7 +91,7 @@ class JobPlanner:
         self._schedule = schedule
         self._traced: Schedule | None = None
         self._clocks_mhz = tuple(supported_clocks_mhz)
-        self._switch_latency_s = switch_latency_s
+        self._switching = switching
         self._frontier_file = frontier_file
         self._now_s = now_s
         self._baseline: Execution | None = None
@@ -185,7 +186,7 @@ class JobPlanner:
             frontier,
             lambda f, _: max(f.fastest_time_s, min(limit_s, f.min_energy_time_s) - self._margin_s),
             baseline=unlocked,
-            switch_latency_s=self._switch_latency_s,
+            switching=self._switching,
         )
         if self._frontier_file and problem.schedule.num_microbatches == usual:
             self._save_for_others(frontier)
