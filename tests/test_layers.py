@@ -38,7 +38,13 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     _RUNTIME + "background": (),
     _RUNTIME + "settings": _PLANNING,
     _RUNTIME + "measure": ("perseus_core.gpu", *_BASE_OF_RUNTIME, *_PLANNING),
-    _RUNTIME + "clock": (_RUNTIME + "measure", "perseus_core.gpu", *_BASE_OF_RUNTIME, *_BASICS),
+    _RUNTIME + "clock": (
+        _RUNTIME + "measure",
+        "perseus_core.gpu",
+        "perseus_core.planning.switching",
+        *_BASE_OF_RUNTIME,
+        *_BASICS,
+    ),
     _RUNTIME + "ranks": (*_BASE_OF_RUNTIME, *_BASICS),
     _RUNTIME + "job": (_RUNTIME + "measure", *_PLANNING),
     _RUNTIME + "replan": (

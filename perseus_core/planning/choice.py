@@ -16,7 +16,8 @@ from perseus_core.planning.execution import Execution, execute
 from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.rounding import DEFAULT_EFFORT, Rounder
-from perseus_core.planning.switching import AT_ONCE, ClocksMhz, SwitchedPipeline, Switching
+from perseus_core.planning.switched_pipeline import ClocksMhz, SwitchedPipeline
+from perseus_core.planning.switching import AT_ONCE, Switching
 
 # Searches near a good plan, and far from any: moves, and by how many energies of an instruction a plan on the way may
 # be worse than the last one, at first. 8 x 48 takes half a second, and saves 0.1 points more with twice the moves.

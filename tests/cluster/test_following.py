@@ -88,7 +88,9 @@ def test_instructions_run_at_their_planned_clocks(forward_mhz: int, backward_mhz
         promised_s = sum(instruction.duration_s for instruction in plan)
         late_s = cluster.iteration_times_s()[-1] - promised_s
         assert -0.02 < late_s / promised_s < 0.005
-        assert follower_of(cluster).controller.switch_latency_s == pytest.approx(0.015, abs=0.004)
+        switching = follower_of(cluster).controller.switching
+        assert switching.down_s == pytest.approx(0.015, abs=0.002)
+        assert switching.up_s == pytest.approx(0.016, abs=0.002)
 
 
 def test_a_plan_at_one_clock_is_one_lock_and_hardly_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from perseus_core.planning.profile import Measurement, Profile
 from perseus_core.planning.rounding import Rounder
 from perseus_core.planning.schedule import InstructionType, Kind, gpipe, interleaved, one_f_one_b
 from perseus_core.planning.solver import solve
-from perseus_core.planning.switching import SwitchedPipeline, Switching, changes_per_iteration, execute_with_switching
+from perseus_core.planning.switched_pipeline import SwitchedPipeline, execute_with_switching
+from perseus_core.planning.switching import Switching, changes_per_iteration
 
 AnyFrontier = Frontier[PipelineProblem]
 FAST, SLOW = 1400, 700

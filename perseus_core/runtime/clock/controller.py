@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
+from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.give_back import ClockGivenBack, GuardedClock
 from perseus_core.runtime.clock.lookahead import Lookahead
 from perseus_core.runtime.clock.override import ClockOverridden, OverrideWatch
@@ -201,9 +202,9 @@ class ClockController:
         return self._in_force_mhz
 
     @property
-    def switch_latency_s(self) -> float:
-        """Time from a lock call until the clock is in force, as measured on this GPU (`SwitchLatency`)."""
-        return self._latency.seconds
+    def switching(self) -> Switching:
+        """What changes of clock take, as measured on this GPU (`SwitchLatency`)."""
+        return self._latency.switching
 
     # The controller's thread
 
@@ -256,7 +257,7 @@ class ClockController:
                 lookahead.end_instruction()
             elif type(message) is _IterationBegins:
                 self._num_orders_taken += 1
-                lookahead.begin_iteration(message.plan, self._latency.seconds)
+                lookahead.begin_iteration(message.plan, self._latency.switching.up_s)
             elif type(message) is _IterationEnds:
                 self._num_orders_taken += 1
                 lookahead.end_iteration()
@@ -282,7 +283,7 @@ class ClockController:
         if self._lookahead.is_idle or self._latency.is_watching:
             return
         now_s = self._threads.now_s()
-        wanted_mhz = self._lookahead.wanted_mhz(now_s, self._latency.seconds)
+        wanted_mhz = self._lookahead.wanted_mhz(now_s, self._latency.switching)
         if wanted_mhz == self._in_force_mhz:
             return
         if wanted_mhz is None:
@@ -306,10 +307,10 @@ class ClockController:
             return LOOK_AT_CHANGE_EVERY_S
         now_s, due_in_s = self._threads.now_s(), math.inf
         if not self._lookahead.is_idle:
-            if self._lookahead.wanted_mhz(now_s, self._latency.seconds) != self._in_force_mhz:
+            if self._lookahead.wanted_mhz(now_s, self._latency.switching) != self._in_force_mhz:
                 # It has just become due, or may not be set yet.
                 return 0.0 if self._clock.is_guarded else _LOOK_EVERY_S_UNGUARDED
-            due_s = self._lookahead.next_change_s(self._latency.seconds)
+            due_s = self._lookahead.next_change_s(self._latency.switching)
             due_in_s = due_s - now_s if due_s > now_s else math.inf
         if due_in_s < math.inf:
             return min(due_in_s, max(_LOOK_EVERY_S, due_in_s / 2))

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
+from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.planned_clock import PlannedClock
-
-# Where the end of an instruction is predicted wrong by this much, no instruction runs slower than planned: the clock
-# rises that much too early and falls that much too late.
-_MARGIN_S = 0.001
 
 
 def without_short_slow_parts(plan: Sequence[PlannedClock], latency_s: float) -> tuple[PlannedClock, ...]:
@@ -87,27 +84,29 @@ class Lookahead:
         """What follows is the first instruction of the next iteration."""
         self._position, self._end_s = -1, math.inf
 
-    def wanted_mhz(self, now_s: float, latency_s: float) -> int | None:
+    def wanted_mhz(self, now_s: float, switching: Switching) -> int | None:
         """The clock to ask for now; none to leave it to the driver. Not to be asked while `is_idle`.
 
         Args:
             now_s: now [s], on the clock of the events.
-            latency_s: time from asking until the clock is in force.
+            switching: what changes of clock take.
         """
         if not self._plan:
             return self._held_mhz
         if self._position >= len(self._plan):
             return None  # more instructions than planned: nobody knows, so nothing is slowed
-        if now_s >= self.next_change_s(latency_s):
+        if now_s >= self.next_change_s(switching):
             return self._next_mhz
         return self._present_mhz
 
-    def next_change_s(self, latency_s: float) -> float:
+    def next_change_s(self, switching: Switching) -> float:
         """When another clock has to be asked for [s]; infinity where only the next event will tell."""
         if not 0 <= self._position < len(self._plan) or self._next_mhz == self._present_mhz:
             return math.inf
-        margin_s = _MARGIN_S if self._next_mhz > self._present_mhz else -_MARGIN_S
-        return self._end_s - latency_s - margin_s
+        # Where the end is predicted wrong by no more than the jitter, nothing runs slower than planned.
+        if self._next_mhz > self._present_mhz:
+            return self._end_s - switching.up_s - switching.jitter_s
+        return self._end_s - switching.down_s + switching.jitter_s
 
     def num_begins_to_pass_over(self, limit_s: float) -> int:
         """How many of the instructions that come next may begin unseen: they and the one that follows have one clock.

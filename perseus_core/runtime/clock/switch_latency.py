@@ -7,14 +7,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.settable_clock import SettableClock
 
 LOOK_EVERY_S = 0.001
-# While a change is watched no other is made, for some 15 ms; so few are watched: the first ones, then one in many.
-_NUM_FIRST = 5
+# While a change is watched no other is made; so few are watched: the first ones, then one in many.
+_NUM_FIRST = 8
 _ONE_IN = 200
-_KEPT = 9
+_NEEDED, _KEPT = 3, 9
 _LIMIT_S = 0.1
+# By so much the end of an instruction is predicted wrong, or a change comes too early or too late.
+_JITTER_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,32 @@ class _Change:
     clock_mhz: int
     asked_s: float
 
+    @property
+    def is_up(self) -> bool:
+        return self.clock_mhz > self.before_mhz
+
 
 class SwitchLatency:
-    """Median time from the lock call until the SM clock that the driver reports has changed.
+    """Time from the lock call until the SM clock that the driver reports has changed, up and down each for itself.
 
-    A change that does not show within a tenth of a second, because power or heat holds the clock elsewhere, does not
-    count.
+    What is seen is never too short, but too long where the thread that looks comes late. A clock that falls too early
+    makes training slower, one that rises too early does not: so a rise counts as taking the median of what was seen, a
+    fall as taking the least. A change that does not show within a tenth of a second, because power or heat holds the
+    clock elsewhere, does not count.
 
     Attributes:
-        seconds: the latency; the given one until there are three measurements.
+        switching: what changes take, as far as is known.
     """
 
     def __init__(self, assumed_s: float, now_s: Callable[[], float]) -> None:
-        """Has measured nothing yet; `now_s` tells the time."""
-        self.seconds = assumed_s
+        """Has measured nothing yet, and takes the assumed latency for true; `now_s` tells the time."""
+        self._assumed_s = assumed_s
         self._now_s = now_s
         self._watched: _Change | None = None
-        self._measured_s: deque[float] = deque(maxlen=_KEPT)
+        self._up_s: deque[float] = deque(maxlen=_KEPT)
+        self._down_s: deque[float] = deque(maxlen=_KEPT)
         self._num_switches = 0
+        self.switching = self._measured()
 
     @property
     def is_watching(self) -> bool:
@@ -79,8 +90,18 @@ class SwitchLatency:
         elapsed_s = self._now_s() - change.asked_s
         if abs(seen_mhz - change.clock_mhz) < abs(seen_mhz - change.before_mhz):
             self._watched = None
-            self._measured_s.append(elapsed_s)
-            if len(self._measured_s) >= 3:
-                self.seconds = statistics.median(self._measured_s)
+            (self._up_s if change.is_up else self._down_s).append(elapsed_s)
+            self.switching = self._measured()
         elif elapsed_s >= _LIMIT_S:
             self._watched = None
+
+    def _measured(self) -> Switching:
+        """As far as it is known: of the other direction, or as assumed, until enough changes were seen."""
+        up_s = statistics.median(self._up_s) if len(self._up_s) >= _NEEDED else None
+        down_s = min(self._down_s) if len(self._down_s) >= _NEEDED else None
+        known_s = [s for s in (up_s, down_s) if s is not None] or [self._assumed_s]
+        return Switching(
+            up_s=known_s[0] if up_s is None else up_s,
+            down_s=known_s[0] if down_s is None else down_s,
+            jitter_s=_JITTER_S,
+        )

@@ -6,10 +6,12 @@ import math
 
 import pytest
 
+from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.lookahead import Lookahead, without_short_slow_parts
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 
 LATENCY_S = 0.015
+SWITCHING = Switching(LATENCY_S, LATENCY_S, 0.001)
 
 
 def following(*clocks_mhz: int, duration_s: float = 0.05) -> Lookahead:
@@ -23,16 +25,16 @@ def test_the_next_clock_is_asked_for_one_latency_before_the_boundary() -> None:
     up, down = following(500, 900), following(900, 500)
     for lookahead in (up, down):
         lookahead.begin_instruction(10.0)
-    assert 10.033 < up.next_change_s(LATENCY_S) < 10.035 < down.next_change_s(LATENCY_S) < 10.037
-    assert [up.wanted_mhz(at, LATENCY_S) for at in (10.0, 10.03, 10.04, 11.0)] == [500, 500, 900, 900]
+    assert 10.033 < up.next_change_s(SWITCHING) < 10.035 < down.next_change_s(SWITCHING) < 10.037
+    assert [up.wanted_mhz(at, SWITCHING) for at in (10.0, 10.03, 10.04, 11.0)] == [500, 500, 900, 900]
 
 
 def test_nothing_is_due_where_the_next_clock_is_the_same() -> None:
     """The thread can sleep until the next event."""
     lookahead = following(700, 700)
     lookahead.begin_instruction(10.0)
-    assert lookahead.next_change_s(LATENCY_S) == math.inf
-    assert lookahead.wanted_mhz(10.2, LATENCY_S) == 700
+    assert lookahead.next_change_s(SWITCHING) == math.inf
+    assert lookahead.wanted_mhz(10.2, SWITCHING) == 700
 
 
 def test_an_instruction_that_ends_early_is_followed_at_once() -> None:
@@ -40,7 +42,7 @@ def test_an_instruction_that_ends_early_is_followed_at_once() -> None:
     lookahead = following(500, 900)
     lookahead.begin_instruction(10.0)
     lookahead.end_instruction()
-    assert lookahead.wanted_mhz(10.01, LATENCY_S) == 900
+    assert lookahead.wanted_mhz(10.01, SWITCHING) == 900
 
 
 def test_after_the_last_instruction_the_first_of_the_next_iteration_is_expected() -> None:
@@ -49,11 +51,11 @@ def test_after_the_last_instruction_the_first_of_the_next_iteration_is_expected(
     for time_s in (10.0, 10.05):
         lookahead.begin_instruction(time_s)
         lookahead.end_instruction()
-    assert lookahead.wanted_mhz(10.1, LATENCY_S) == 800
+    assert lookahead.wanted_mhz(10.1, SWITCHING) == 800
     lookahead.end_iteration()
-    assert lookahead.wanted_mhz(10.2, LATENCY_S) == 800
+    assert lookahead.wanted_mhz(10.2, SWITCHING) == 800
     lookahead.begin_iteration([PlannedClock(500, 0.05)], LATENCY_S)
-    assert lookahead.wanted_mhz(10.3, LATENCY_S) == 500
+    assert lookahead.wanted_mhz(10.3, SWITCHING) == 500
 
 
 def test_more_instructions_than_planned_are_left_to_the_driver() -> None:
@@ -61,7 +63,7 @@ def test_more_instructions_than_planned_are_left_to_the_driver() -> None:
     lookahead = following(500)
     for time_s in (10.0, 10.05):
         lookahead.begin_instruction(time_s)
-    assert lookahead.wanted_mhz(10.06, LATENCY_S) is None
+    assert lookahead.wanted_mhz(10.06, SWITCHING) is None
 
 
 def test_one_clock_can_be_held_and_a_plan_ends_that() -> None:
@@ -70,11 +72,11 @@ def test_one_clock_can_be_held_and_a_plan_ends_that() -> None:
     assert lookahead.is_idle
     lookahead.hold(700)
     lookahead.begin_instruction(10.0)
-    assert (lookahead.is_idle, lookahead.wanted_mhz(10.0, LATENCY_S)) == (False, 700)
+    assert (lookahead.is_idle, lookahead.wanted_mhz(10.0, SWITCHING)) == (False, 700)
     lookahead.begin_iteration(None, LATENCY_S)
     assert lookahead.is_idle
     lookahead.begin_iteration([PlannedClock(600, 0.05)], LATENCY_S)
-    assert (lookahead.is_idle, lookahead.wanted_mhz(10.0, LATENCY_S)) == (False, 600)
+    assert (lookahead.is_idle, lookahead.wanted_mhz(10.0, SWITCHING)) == (False, 600)
 
 
 @pytest.mark.parametrize(

@@ -34,15 +34,32 @@ def watched(clock: SlowClock, latency: SwitchLatency, clock_mhz: int) -> int:
     return looks
 
 
-def test_three_changes_give_the_latency() -> None:
-    """Until then it is the assumed one."""
+def test_three_changes_each_way_give_the_latency() -> None:
+    """Until then it is the assumed one, or that of the other direction."""
     clock = SlowClock(0.03)
     latency = SwitchLatency(0.015, lambda: clock.now_s)
-    for clock_mhz in (900, 1200):
+    for clock_mhz in (900, 1200, 900, 1200):
         watched(clock, latency, clock_mhz)
-        assert latency.seconds == 0.015
-    watched(clock, latency, 900)
-    assert latency.seconds == pytest.approx(0.03, abs=2 * LOOK_EVERY_S)
+        assert (latency.switching.up_s, latency.switching.down_s) == (0.015, 0.015)
+    watched(clock, latency, 900)  # the third down
+    assert latency.switching.up_s == latency.switching.down_s == pytest.approx(0.03, abs=2 * LOOK_EVERY_S)
+    clock.latency_s = 0.05
+    watched(clock, latency, 1200)
+    assert latency.switching.up_s == pytest.approx(0.03, abs=2 * LOOK_EVERY_S)  # the median of three
+    assert latency.switching.down_s == pytest.approx(0.03, abs=2 * LOOK_EVERY_S)
+
+
+def test_a_thread_that_looks_late_lets_no_clock_fall_too_early() -> None:
+    """What was seen too late is too long; a fall that is expected to take long is asked for too early."""
+    clock = SlowClock(0.03)
+    latency = SwitchLatency(0.015, lambda: clock.now_s)
+    for clock_mhz in (900, 1200, 900, 1200, 900, 1200):
+        latency.lock(clock, clock_mhz)  # type: ignore[arg-type]
+        clock.now_s += 0.03 if clock_mhz == 900 and clock.now_s > 101 else 0.045
+        latency.look(clock)  # type: ignore[arg-type]
+        clock.now_s += 1.0
+    assert latency.switching.up_s == pytest.approx(0.045)
+    assert latency.switching.down_s == pytest.approx(0.03)
 
 
 def test_a_change_that_does_not_show_does_not_count() -> None:
@@ -51,7 +68,7 @@ def test_a_change_that_does_not_show_does_not_count() -> None:
     latency = SwitchLatency(0.015, lambda: clock.now_s)
     for clock_mhz in (900, 1200, 900):
         assert watched(clock, latency, clock_mhz) == pytest.approx(0.1 / LOOK_EVERY_S, abs=2)
-    assert latency.seconds == 0.015
+    assert latency.switching.up_s == latency.switching.down_s == 0.015
 
 
 def test_few_changes_are_watched() -> None:
@@ -60,4 +77,4 @@ def test_few_changes_are_watched() -> None:
     latency = SwitchLatency(0.015, lambda: clock.now_s)
     assert watched(clock, latency, 1410) == 0
     num_watched = sum(watched(clock, latency, (900, 1200)[i % 2]) > 0 for i in range(399))
-    assert num_watched == 4 + 2
+    assert num_watched == 7 + 2
