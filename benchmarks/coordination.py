@@ -173,7 +173,10 @@ def _plan(number: int) -> PlanMessage:
     stages = []
     for order in one_f_one_b(STAGES, MICROBATCHES).stages:
         steps = tuple((i.chunk, i.microbatch, i.kind) for i in order)
-        clocks = [PlannedClock(CLOCKS_MHZ[place // 4 % len(CLOCKS_MHZ)], INSTRUCTION_S) for place in range(len(steps))]
+        clocks = [
+            PlannedClock(CLOCKS_MHZ[place // 4 % len(CLOCKS_MHZ)], place * INSTRUCTION_S, INSTRUCTION_S)
+            for place in range(len(steps))
+        ]
         stages.append(StagePlan(steps, tuple(clocks)))
     return PlanMessage(summary, tuple(stages))
 

@@ -43,7 +43,8 @@ def main() -> None:
         while not controller.is_guarded:
             time.sleep(0.01)
         low, high = node.model.clocks_mhz[20], node.model.clocks_mhz[0]
-        plan = [PlannedClock((low, high)[i // 2 % 2], arguments.instruction_ms / 1000) for i in range(NUM_INSTRUCTIONS)]
+        duration_s = arguments.instruction_ms / 1000
+        plan = [PlannedClock((low, high)[i // 2 % 2], i * duration_s, duration_s) for i in range(NUM_INSTRUCTIONS)]
         results = {}
         # Turn by turn, because the machine may be busier now than later.
         for _ in range(arguments.iterations):

@@ -1,4 +1,4 @@
-"""Did instructions run at the clocks that a plan gave them?"""
+"""Plans for one stage, and whether instructions ran at their clocks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from perseus_core.gpu.simulated import ExecutedInstruction
+from perseus_core.runtime.clock.planned_clock import PlannedClock
 
 # Noise must not let the power cap take the highest clock down by a step now and then.
 NO_POWER_CAP = {"power_limit_w": 500.0, "max_power_limit_w": 500.0}
+
+
+def without_gaps(*clocks_and_durations: tuple[int, float]) -> list[PlannedClock]:
+    """A stage's plan of instructions that follow each other at once."""
+    plan: list[PlannedClock] = []
+    for clock_mhz, duration_s in clocks_and_durations:
+        plan.append(PlannedClock(clock_mhz, plan[-1].end_s if plan else 0.0, duration_s))
+    return plan
 
 
 def not_at_their_clocks(

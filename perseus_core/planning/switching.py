@@ -46,6 +46,14 @@ class Switching:
         """Whether clocks change at once and as often as one likes."""
         return self == Switching()
 
+    def lead_s(self, before_mhz: int, clock_mhz: int) -> float:
+        """How long before a boundary between two clocks the second one is asked for."""
+        return self.up_s + self.jitter_s if clock_mhz > before_mhz else self.down_s - self.jitter_s
+
+    def latency_s(self, before_mhz: int, clock_mhz: int) -> float:
+        """From asking until the second clock is in force."""
+        return self.up_s if clock_mhz > before_mhz else self.down_s
+
     def most_changes(self, iteration_time_s: float) -> int | None:
         """Changes that one GPU may make in an iteration; none if any number."""
         if self.max_changes_per_s is None:

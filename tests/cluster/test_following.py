@@ -10,6 +10,7 @@ from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.clock.controller import ClockController
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 from tests.cluster.cluster import Cluster, Surroundings
+from tests.planned_clocks import without_gaps
 
 SLOW, FAST = 990, 1410
 
@@ -67,9 +68,8 @@ def planned(rank: Surroundings, forward_mhz: int, backward_mhz: int) -> list[Pla
     durations_s = {
         (kind, clock): model.times_s[model.clocks_mhz.index(clock)][kind] for kind in (0, 1) for clock in (SLOW, FAST)
     }
-    forward = PlannedClock(forward_mhz, durations_s[1, forward_mhz])
-    backward = PlannedClock(backward_mhz, durations_s[0, backward_mhz])
-    return [forward, backward] * 4
+    forward, backward = (forward_mhz, durations_s[1, forward_mhz]), (backward_mhz, durations_s[0, backward_mhz])
+    return without_gaps(*[forward, backward] * 4)
 
 
 def follower_of(cluster: Cluster) -> Follower:

@@ -78,16 +78,22 @@ def test_a_change_that_is_asked_for_ahead_costs_nothing() -> None:
 
 
 def test_a_change_comes_no_sooner_than_a_latency_after_the_one_before() -> None:
-    """Up at 0.2 s; down is asked for then, and there at 0.45 s: a whole backward is fast, and half of the next."""
-    ran = execute_with_switching(one_stage(2), np.array([SLOW, FAST, SLOW, SLOW]), latency(0.25))
-    assert ran.durations_s == pytest.approx([0.2, 0.1, 0.1, 0.05 + 0.5 * 0.2])
-    assert ran.energies_j == pytest.approx([30.0, 40.0, 40.0, 0.5 * 40.0 + 0.5 * 30.0])
+    """Up at 0.4 s; down is asked for then, and there at 0.65 s: a whole backward is fast, and half of the next."""
+    ran = execute_with_switching(one_stage(3), np.array([SLOW, SLOW, FAST, SLOW, SLOW, SLOW]), latency(0.25))
+    assert ran.durations_s == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.05 + 0.5 * 0.2, 0.2])
+    assert ran.energies_j == pytest.approx([30.0, 30.0, 40.0, 40.0, 0.5 * 40.0 + 0.5 * 30.0, 30.0])
 
 
 def test_what_is_wanted_too_briefly_never_comes() -> None:
     """The slow clock in the middle would be there when the fast one is wanted again: it is not asked for."""
-    ran = execute_with_switching(one_stage(2), np.array([SLOW, FAST, SLOW, FAST]), latency(0.25))
-    assert ran.durations_s == pytest.approx([0.2, 0.1, 0.1, 0.1])
+    ran = execute_with_switching(one_stage(3), np.array([SLOW, SLOW, FAST, SLOW, FAST, FAST]), latency(0.25))
+    assert ran.durations_s == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.1, 0.1])
+
+
+def test_nothing_is_asked_for_before_the_iteration_has_begun() -> None:
+    """The first forward takes 0.2 s, so a change that takes 0.25 s comes 50 ms late."""
+    ran = execute_with_switching(one_stage(2), np.array([SLOW, FAST, FAST, FAST]), latency(0.25))
+    assert ran.durations_s == pytest.approx([0.2, 0.05 + 0.75 * 0.1, 0.1, 0.1])
 
 
 def test_the_iteration_before_left_its_clock() -> None:

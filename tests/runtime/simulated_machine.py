@@ -101,7 +101,7 @@ from perseus_core.runtime.side_threads import OwnThreads
 events = HostEvents()
 
 def train_one_iteration(controller, clock_mhz=500):
-    controller.begin_iteration([PlannedClock(clock_mhz, 0.001)])
+    controller.begin_iteration([PlannedClock(clock_mhz, 0.0, 0.001)])
     controller.instruction_begins(events.record())
     controller.instruction_ends(events.record())
     controller.end_iteration()

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from perseus_core.errors import PerseusError
 from perseus_core.planning.schedule import one_f_one_b
-from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.log import Announcer
 from perseus_core.runtime.rank_zero import RankZero
 from perseus_core.runtime.ranks import records
@@ -36,6 +35,7 @@ from perseus_core.runtime.ranks.records import RankState, as_records
 from perseus_core.runtime.ranks.store import LocalStore, StoreError
 from perseus_core.runtime.replan.plan_message import PlanMessage, StagePlan
 from perseus_core.runtime.reporter import Figures, Reporter
+from tests.planned_clocks import without_gaps
 
 from .ranks.stepped_threads import SteppedThreads
 
@@ -92,7 +92,8 @@ def a_plan(number: int, num_microbatches: int = 8) -> PlanMessage:
     orders = one_f_one_b(STAGES, num_microbatches).stages
     stages = tuple(
         StagePlan(
-            tuple((0, i.microbatch, i.kind) for i in order), tuple(PlannedClock(1000 + number, 0.05) for _ in order)
+            tuple((0, i.microbatch, i.kind) for i in order),
+            tuple(without_gaps(*((1000 + number, 0.05) for _ in order))),
         )
         for order in orders
     )

@@ -1,7 +1,8 @@
 /* What really happens when changes of clock take time.
  *
  * The clock for the node behind is asked for a latency before the node on the GPU ends, so that it is in force at the
- * boundary; never before the last change is in force. Where a GPU cannot be as quick as that, it asks as soon as it may, and
+ * boundary; never before the last change is in force, nor before the stage has begun the iteration: until then nobody knows
+ * when its nodes will end. Where a GPU cannot be as quick as that, it asks as soon as it may, and
  * for the clock wanted by the time that this one is in force: what was wanted in between never comes. An instruction progresses
  * at the speed of the clock in force, and draws its power. */
 #include "switching.h"
@@ -28,12 +29,12 @@ static int32_t newest_clock(const Gpu *gpu, int32_t skipped) {
 
 static double latency_to(const Pipeline *p, int32_t from, int32_t to) { return to > from ? p->latency.up : p->latency.down; }
 
-/* Asks for the clock that is wanted when this node ends. */
-static void ask(const Pipeline *p, Gpu *gpu, double end, int32_t wanted) {
+/* Asks for the clock that is wanted when a node ends, when it may, but no sooner than its stage's first node began. */
+static void ask(const Pipeline *p, Gpu *gpu, double began, double end, int32_t wanted) {
     const int32_t newest = newest_clock(gpu, 0);
     if (wanted == newest) return;
     const double safety = wanted > newest ? -p->latency.jitter : p->latency.jitter;
-    double asked = end + safety - latency_to(p, newest, wanted);
+    double asked = fmax(began, end + safety - latency_to(p, newest, wanted));
     if (gpu->num_pending) {
         Change *last = &gpu->pending[gpu->num_pending - 1];
         if (last->at >= end && asked <= last->asked) { /* it was still to be asked for, so this one is in its place */
@@ -58,13 +59,15 @@ static void run_node(Pipeline *p, int32_t node, double start, Gpu *gpu) {
     const double *time = p->time + p->type[node] * p->num_clocks, *cost = p->cost + p->type[node] * p->num_clocks;
     let_take_effect(gpu, start);
     p->gpu_before[node] = *gpu;
+    const int32_t first = p->first_node[p->stage[node]];
+    const double began = node == first ? start : p->end[first] - p->duration[first];
     double now = start, left = 1, spent = 0;
     int has_asked = 0;
     for (;;) {
         const double end = now + left * time[gpu->clock];
         if (!gpu->num_pending || gpu->pending[0].at >= end) {
             if (!has_asked) { /* which may bring a change before the end */
-                ask(p, gpu, end, p->clock[p->behind[node]]);
+                ask(p, gpu, began, end, p->clock[p->behind[node]]);
                 has_asked = 1;
                 if (gpu->num_pending && gpu->pending[0].at < end) continue;
             }

@@ -29,13 +29,13 @@ from perseus_core.runtime.measure.events import Event
 from perseus_core.runtime.side_threads import SideThread, SideThreads
 
 # How often it looks for the next event where it cannot wait for it: because it is not recorded yet (waking a thread
-# for each one would cost the training thread some 10 us), or because a change is due before it: then at half the time
-# until that, should the instruction end before it was expected to. Events carry their times, so one that is seen late
-# is not acted upon late, as long as it lies more than a latency before the next change.
+# for each one would cost the training thread some 10 us), or because a change is due before the next instruction: then
+# at half the time until that, should it begin before it was expected to. Events carry their times, so one that is seen
+# late is not acted upon late, as long as it lies more than a latency before the next change.
 _LOOK_EVERY_S = 0.005
 _LOOK_EVERY_S_IDLE = 0.25
 _LOOK_EVERY_S_UNGUARDED = 0.02
-# Instructions that are planned to run at one clock need not be followed one by one, but the watchdog wants to see life.
+# Instructions need not be followed one by one where no change is due, but the watchdog wants to see life.
 _PASS_OVER_S = 1.0
 _STOP_LIMIT_S = 1.0
 
@@ -111,6 +111,7 @@ class ClockController:
         self._override_watch = OverrideWatch(device.uuid)
         self._clock = guard(device, self._give_up)
         self._in_force_mhz: int | None = None
+        self._settles_at_s = -math.inf  # when the last change that was asked for is in force
         self._times_given_back = 0
         self._thread: SideThread | None = None
         _controllers.add(self)
@@ -257,7 +258,7 @@ class ClockController:
                 lookahead.end_instruction()
             elif type(message) is _IterationBegins:
                 self._num_orders_taken += 1
-                lookahead.begin_iteration(message.plan, self._latency.switching.up_s)
+                lookahead.begin_iteration(message.plan)
             elif type(message) is _IterationEnds:
                 self._num_orders_taken += 1
                 lookahead.end_iteration()
@@ -280,20 +281,33 @@ class ClockController:
     def _set_wanted_clock(self) -> None:
         if self._latency.is_watching:
             self._latency.look(self._clock)
-        if self._lookahead.is_idle or self._latency.is_watching:
-            return
+            if not self._latency.is_watching:
+                self._settles_at_s = -math.inf
         now_s = self._threads.now_s()
-        wanted_mhz = self._lookahead.wanted_mhz(now_s, self._latency.switching)
+        if self._lookahead.is_idle or self._must_wait_s(now_s):
+            return
+        wanted_mhz = self._lookahead.wanted(now_s, self._in_force_mhz, self._latency.switching).clock_mhz
         if wanted_mhz == self._in_force_mhz:
             return
+        if self._latency.is_watching:
+            if self._lookahead.follows_plan and (wanted_mhz or math.inf) < (self._in_force_mhz or math.inf):
+                return  # what falls later slows nothing
+            self._latency.look_no_longer()
         if wanted_mhz is None:
             self._clock.reset()
         elif not self._clock.is_guarded:
             return
         else:
+            before_mhz = self._in_force_mhz or wanted_mhz
             self._latency.lock(self._clock, wanted_mhz)
+            now_s = self._threads.now_s()
+            self._settles_at_s = now_s + self._latency.switching.latency_s(before_mhz, wanted_mhz)
         self._in_force_mhz = wanted_mhz
-        self._override_watch.asked(wanted_mhz, self._threads.now_s())
+        self._override_watch.asked(wanted_mhz, now_s)
+
+    def _must_wait_s(self, now_s: float) -> float:
+        """A plan counts on it that a change is asked for when the last one is in force; what is held need not wait."""
+        return max(0.0, self._settles_at_s - now_s) if self._lookahead.follows_plan else 0.0
 
     def _look_for_other_programs(self) -> None:
         if self._in_force_mhz is None or self._clock.times_given_back != self._times_given_back:
@@ -305,28 +319,27 @@ class ClockController:
         """Until the next change is due or the next event that matters is reached, or nearly so."""
         if self._latency.is_watching:
             return LOOK_AT_CHANGE_EVERY_S
-        now_s, due_in_s = self._threads.now_s(), math.inf
-        if not self._lookahead.is_idle:
-            if self._lookahead.wanted_mhz(now_s, self._latency.switching) != self._in_force_mhz:
+        now_s, due_s, lookahead = self._threads.now_s(), math.inf, self._lookahead
+        if not lookahead.is_idle:
+            wanted_mhz, due_s = lookahead.wanted(now_s, self._in_force_mhz, self._latency.switching)
+            if wanted_mhz != self._in_force_mhz:
                 # It has just become due, or may not be set yet.
-                return 0.0 if self._clock.is_guarded else _LOOK_EVERY_S_UNGUARDED
-            due_s = self._lookahead.next_change_s(self._latency.switching)
-            due_in_s = due_s - now_s if due_s > now_s else math.inf
-        if due_in_s < math.inf:
-            return min(due_in_s, max(_LOOK_EVERY_S, due_in_s / 2))
-        if not self._lookahead.follows_plan and self._num_orders_given == self._num_orders_taken:
+                return self._must_wait_s(now_s) if self._clock.is_guarded else _LOOK_EVERY_S_UNGUARDED
+        if not lookahead.follows_plan and self._num_orders_given == self._num_orders_taken:
             return _LOOK_EVERY_S_IDLE  # instructions come and go, and change nothing; an order wakes us
-        return self._next_that_matters() if self._messages else _LOOK_EVERY_S
+        if due_s < math.inf and lookahead.next_begin_s() >= due_s:
+            return min(due_s - now_s, max(_LOOK_EVERY_S, (due_s - now_s) / 2))
+        return self._next_that_matters(min(due_s, now_s + _PASS_OVER_S)) if self._messages else _LOOK_EVERY_S
 
-    def _next_that_matters(self) -> float | Event:
-        """Of what is recorded and not reached, the first that may change what is wanted."""
+    def _next_that_matters(self, until_s: float) -> float | Event:
+        """Of what is recorded and not reached, what to look at next: the last instruction to begin before this."""
         first = self._messages[0]
         if isinstance(first, _Hold) and first.from_event is not None:
             return first.from_event
         if not isinstance(first, (_InstructionBegins, _InstructionEnds)):
             return 0.0
         # Begins and ends take turns.
-        place = 2 * self._lookahead.num_begins_to_pass_over(_PASS_OVER_S) + isinstance(first, _InstructionEnds)
+        place = 2 * self._lookahead.num_begins_to_pass_over(until_s) + isinstance(first, _InstructionEnds)
         if place < len(self._messages):
             message = self._messages[place]
             if isinstance(message, _InstructionBegins):

@@ -1,38 +1,33 @@
-"""Which clock to ask for now, so that it is in force when the next instruction begins. Plain arithmetic on a plan."""
+"""Which clock to ask for now, so that the plan's clocks are in force when they shall. Plain arithmetic on a plan."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import groupby
+from typing import NamedTuple
 
 from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 
 
-def without_short_slow_parts(plan: Sequence[PlannedClock], latency_s: float) -> tuple[PlannedClock, ...]:
-    """A plan whose slow parts are worth a change of clock.
+class Wanted(NamedTuple):
+    """What to ask for.
 
-    A part at one clock that is shorter than a change takes, and is followed by a higher clock, gets the higher clock at
-    once: else the change up would come too late. So nothing runs slower than planned.
+    Attributes:
+        clock_mhz: now; none to leave the clock to the driver.
+        until_s: when another one has to be asked for; infinity where only the next event will tell.
     """
-    parts = [list(part) for _, part in groupby(plan, key=lambda planned: planned.clock_mhz)]
-    adapted: list[PlannedClock] = []
-    following_mhz, following_s = 0, math.inf
-    for part in reversed(parts):
-        clock_mhz, length_s = part[0].clock_mhz, sum(planned.duration_s for planned in part)
-        if following_mhz == clock_mhz:
-            length_s += following_s
-        elif length_s < latency_s and clock_mhz < following_mhz:
-            clock_mhz, length_s = following_mhz, length_s + following_s
-        adapted.extend(replace(planned, clock_mhz=clock_mhz) for planned in reversed(part))
-        following_mhz, following_s = clock_mhz, length_s
-    return tuple(reversed(adapted))
+
+    clock_mhz: int | None
+    until_s: float = math.inf
 
 
 class Lookahead:
-    """Follows one stage through its iterations and says which clock is wanted, and when that will change.
+    """Follows one stage through its iterations and says which clock is wanted, and until when.
+
+    It expects that what the plan says comes as long after the instruction that runs as the plan says. So a clock can be
+    asked for many short instructions ahead; what is wanted more briefly than a change takes is passed over. It executes
+    the model that the plan was made with (`perseus_core.planning.switched_pipeline`).
 
     Until the first `begin_iteration` or `hold`, and after `begin_iteration(None)`, nothing is wanted.
 
@@ -42,12 +37,12 @@ class Lookahead:
 
     def __init__(self) -> None:
         self.is_idle = True
-        self._plan: tuple[PlannedClock, ...] = ()
-        self._asked: tuple[Sequence[PlannedClock] | None, float] = (None, 0.0)
-        self._adapted: tuple[PlannedClock, ...] = ()
+        self._plan: Sequence[PlannedClock] = ()
+        self._last_alike: Sequence[int] = ()
         self._held_mhz: int | None = None
-        self._position = -1
-        self._end_s = math.inf
+        self._position = -1  # of the instruction that began last
+        self._began_s = math.inf
+        self._has_ended = False
 
     @property
     def follows_plan(self) -> bool:
@@ -60,74 +55,94 @@ class Lookahead:
         self._plan = ()
         self._held_mhz = clock_mhz
 
-    def begin_iteration(self, plan: Sequence[PlannedClock] | None, latency_s: float) -> None:
+    def begin_iteration(self, plan: Sequence[PlannedClock] | None) -> None:
         """Wants what the plan says, from its first instruction on."""
         self.is_idle = plan is None
         self._held_mhz = None
-        if plan is not self._asked[0] or latency_s != self._asked[1]:
-            self._asked = (plan, latency_s)
-            self._adapted = without_short_slow_parts(plan or (), latency_s)
-        self._plan = self._adapted
-        self._position, self._end_s = -1, math.inf
+        if plan is not self._plan:
+            self._plan = plan or ()
+            self._last_alike = _last_alike(self._plan)
+        self.end_iteration()
 
     def begin_instruction(self, time_s: float) -> None:
         """The next instruction has begun."""
         self._position += 1
-        if self._position < len(self._plan):
-            self._end_s = time_s + self._plan[self._position].duration_s
+        self._began_s = time_s
+        self._has_ended = False
 
     def end_instruction(self) -> None:
         """The instruction has ended: what follows is the next one, however long the GPU waits for it."""
-        self._end_s = -math.inf
+        self._has_ended = True
 
     def end_iteration(self) -> None:
         """What follows is the first instruction of the next iteration."""
-        self._position, self._end_s = -1, math.inf
+        self._position = -1
 
-    def wanted_mhz(self, now_s: float, switching: Switching) -> int | None:
-        """The clock to ask for now; none to leave it to the driver. Not to be asked while `is_idle`.
+    def wanted(self, now_s: float, in_force_mhz: int | None, switching: Switching) -> Wanted:
+        """What to ask for, if it may be asked for anything. Not to be asked while `is_idle`.
 
         Args:
             now_s: now [s], on the clock of the events.
+            in_force_mhz: the clock that was asked for last; none for the driver's.
             switching: what changes of clock take.
         """
-        if not self._plan:
-            return self._held_mhz
-        if self._position >= len(self._plan):
-            return None  # more instructions than planned: nobody knows, so nothing is slowed
-        if now_s >= self.next_change_s(switching):
-            return self._next_mhz
-        return self._present_mhz
+        plan = self._plan
+        if not plan:
+            return Wanted(self._held_mhz)
+        if self._position >= len(plan):
+            return Wanted(None)  # more instructions than planned: nobody knows, so nothing is slowed
+        place = self._position + self._has_ended if self._position >= 0 else 0
+        if self._position < 0 or place == len(plan):
+            return Wanted(plan[0].clock_mhz)
+        begin_s = self._iteration_begin_s(now_s)
+        while place < len(plan):
+            clock_mhz, last = plan[place].clock_mhz, self._last_alike[place]
+            next_mhz = plan[(last + 1) % len(plan)].clock_mhz
+            if next_mhz == clock_mhz:
+                return Wanted(clock_mhz)
+            end_s = begin_s + plan[last].end_s
+            until_s = end_s - switching.lead_s(clock_mhz, next_mhz)
+            if now_s < until_s or now_s + _latency_s(switching, in_force_mhz, clock_mhz) < end_s:
+                return Wanted(clock_mhz, until_s)
+            place = last + 1
+        return Wanted(plan[0].clock_mhz)
 
-    def next_change_s(self, switching: Switching) -> float:
-        """When another clock has to be asked for [s]; infinity where only the next event will tell."""
-        if not 0 <= self._position < len(self._plan) or self._next_mhz == self._present_mhz:
+    def num_begins_to_pass_over(self, until_s: float) -> int:
+        """How many of the instructions that come next may begin unseen: they and the one after begin before this."""
+        if not 0 <= self._position < len(self._plan):
+            return 0
+        first = place = self._position + 1
+        begin_s = self._iteration_begin_s(self._began_s)
+        while place + 1 < len(self._plan) and begin_s + self._plan[place + 1].start_s < until_s:
+            place += 1
+        return place - first
+
+    def next_begin_s(self) -> float:
+        """When the next instruction is expected to begin; infinity if nobody knows."""
+        if not 0 <= self._position < len(self._plan) - 1:
             return math.inf
-        # Where the end is predicted wrong by no more than the jitter, nothing runs slower than planned.
-        if self._next_mhz > self._present_mhz:
-            return self._end_s - switching.up_s - switching.jitter_s
-        return self._end_s - switching.down_s + switching.jitter_s
+        return self._iteration_begin_s(self._began_s) + self._plan[self._position + 1].start_s
 
-    def num_begins_to_pass_over(self, limit_s: float) -> int:
-        """How many of the instructions that come next may begin unseen: they and the one that follows have one clock.
+    def _iteration_begin_s(self, now_s: float) -> float:
+        """When the plan's time was 0. What takes longer than planned makes all that follows later."""
+        runs = self._plan[self._position]
+        no_sooner_s = runs.end_s
+        if self._has_ended:
+            no_sooner_s = self._plan[self._position + 1].start_s if self._position + 1 < len(self._plan) else math.inf
+        return max(self._began_s - runs.start_s, now_s - no_sooner_s)
 
-        Not to be asked while a change is due that was not asked for yet.
 
-        Args:
-            limit_s: how long what is passed over may take, as planned.
-        """
-        position, passed_s = self._position + 1, 0.0
-        while position + 1 < len(self._plan) and self._plan[position].clock_mhz == self._plan[position + 1].clock_mhz:
-            passed_s += self._plan[position].duration_s
-            if passed_s > limit_s:
-                break
-            position += 1
-        return position - self._position - 1
+def _latency_s(switching: Switching, before_mhz: int | None, clock_mhz: int) -> float:
+    """From asking for a clock until it is in force; infinity if it is, so that it can be left at once."""
+    if before_mhz == clock_mhz:
+        return math.inf
+    return switching.down_s if before_mhz is None else switching.latency_s(before_mhz, clock_mhz)
 
-    @property
-    def _present_mhz(self) -> int:
-        return self._plan[max(self._position, 0)].clock_mhz
 
-    @property
-    def _next_mhz(self) -> int:
-        return self._plan[(self._position + 1) % len(self._plan)].clock_mhz
+def _last_alike(plan: Sequence[PlannedClock]) -> list[int]:
+    """For each instruction the last one of those that follow it at its clock."""
+    last = list(range(len(plan)))
+    for place in reversed(range(len(plan) - 1)):
+        if plan[place].clock_mhz == plan[place + 1].clock_mhz:
+            last[place] = last[place + 1]
+    return last

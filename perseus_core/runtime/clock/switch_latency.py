@@ -11,11 +11,11 @@ from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.settable_clock import SettableClock
 
 LOOK_EVERY_S = 0.001
-# While a change is watched no other is made; so few are watched: the first ones, then one in many.
+# Looking costs driver calls, and while a change is watched others wait; so few are watched: the first, one in many.
 _NUM_FIRST = 8
 _ONE_IN = 200
 _NEEDED, _KEPT = 3, 9
-_LIMIT_S = 0.1
+_LIMIT_S = 0.5
 # By so much the end of an instruction is predicted wrong, or a change comes too early or too late.
 _JITTER_S = 0.001
 
@@ -38,8 +38,8 @@ class SwitchLatency:
 
     What is seen is never too short, but too long where the thread that looks comes late. A clock that falls too early
     makes training slower, one that rises too early does not: so a rise counts as taking the median of what was seen, a
-    fall as taking the least. A change that does not show within a tenth of a second, because power or heat holds the
-    clock elsewhere, does not count.
+    fall as taking the least. A change that does not show within half a second, because power or heat holds the clock
+    elsewhere, does not count.
 
     Attributes:
         switching: what changes take, as far as is known.
@@ -57,7 +57,7 @@ class SwitchLatency:
 
     @property
     def is_watching(self) -> bool:
-        """Whether a change is being watched: `look` every `LOOK_EVERY_S`, and make no other change meanwhile."""
+        """Whether a change is being watched: `look` every `LOOK_EVERY_S`; another change waits meanwhile if it can."""
         return self._watched is not None
 
     def lock(self, clock: SettableClock, clock_mhz: int) -> None:
@@ -94,6 +94,10 @@ class SwitchLatency:
             self.switching = self._measured()
         elif elapsed_s >= _LIMIT_S:
             self._watched = None
+
+    def look_no_longer(self) -> None:
+        """Another change is due: how long this one takes will not be known."""
+        self._watched = None
 
     def _measured(self) -> Switching:
         """As far as it is known: of the other direction, or as assumed, until enough changes were seen."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perseus_core.errors import InputError
 from perseus_core.planning.plan import Plan
@@ -16,10 +17,11 @@ from perseus_core.runtime.measure.recorder import Step
 from perseus_core.runtime.ranks.plan_summary import PlanSummary
 from perseus_core.runtime.replan.packed_steps import PACKED_STEP, pack_steps, unpack_steps
 
-_CLOCK, _DURATION = np.dtype("<u2"), np.dtype("<f4")
-_INSTRUCTION_BYTES = PACKED_STEP.itemsize + _CLOCK.itemsize + _DURATION.itemsize
+_CLOCK, _TIME = np.dtype("<u2"), np.dtype("<f4")
+_INSTRUCTION_BYTES = PACKED_STEP.itemsize + _CLOCK.itemsize + 2 * _TIME.itemsize
 # Numbers of a `PlanSummary`; bytes of a stage's plan.
 _SUMMARY, _SIZE = struct.Struct("<9d"), struct.Struct("<I")
+_DECIMALS = 6  # of waits, in seconds
 # No stage executes so many instructions in an iteration.
 _MAX_INSTRUCTIONS = 2**20
 
@@ -30,25 +32,28 @@ class StagePlan:
 
     Attributes:
         steps: its instructions in order.
-        clocks: the clock and duration planned for each.
+        clocks: the clock and the times planned for each.
     """
 
     steps: tuple[Step, ...]
     clocks: tuple[PlannedClock, ...]
 
     def encode(self) -> bytes:
-        """As bytes: steps, clocks and durations, each column packed for itself since its values repeat.
+        """As bytes: steps, clocks, durations and waits before them, column by column since their values repeat.
 
         Raises:
             InputError: if there are more chunks or microbatches than can be sent.
         """
         clocks_mhz = np.array([planned.clock_mhz for planned in self.clocks], _CLOCK)
-        durations_s = np.array([planned.duration_s for planned in self.clocks], _DURATION)
-        return zlib.compress(pack_steps(self.steps).tobytes() + clocks_mhz.tobytes() + durations_s.tobytes(), 9)
+        durations_s = np.array([planned.duration_s for planned in self.clocks], _TIME)
+        starts_s = np.array([planned.start_s for planned in self.clocks])
+        waits_s = np.diff(starts_s - _since_begin(durations_s), prepend=0.0).round(_DECIMALS).astype(_TIME)
+        columns = (pack_steps(self.steps), clocks_mhz, durations_s, waits_s)
+        return zlib.compress(b"".join(column.tobytes() for column in columns), 9)
 
     @classmethod
     def decode(cls, content: bytes) -> StagePlan:
-        """From the bytes that `encode` made; durations have the precision of single floats.
+        """From the bytes that `encode` made; waits in microseconds, durations in the precision of single floats.
 
         Raises:
             InputError: if it did not make them.
@@ -63,10 +68,20 @@ class StagePlan:
             raise _malformed(f"its {len(columns)} bytes are not whole")
         steps = np.frombuffer(columns, PACKED_STEP, num_steps)
         clocks_mhz = np.frombuffer(columns, _CLOCK, num_steps, steps.nbytes)
-        durations_s = np.frombuffer(columns, _DURATION, num_steps, steps.nbytes + clocks_mhz.nbytes)
-        if not (np.isfinite(durations_s) & (durations_s >= 0)).all():
-            raise _malformed("it has a duration that cannot be")
-        return cls(unpack_steps(steps), tuple(map(PlannedClock, clocks_mhz.tolist(), durations_s.tolist())))
+        times_s = np.frombuffer(columns, _TIME, 2 * num_steps, steps.nbytes + clocks_mhz.nbytes).reshape(2, -1)
+        if not (np.isfinite(times_s) & (times_s >= 0)).all():
+            raise _malformed("it has a wait or duration that cannot be")
+        durations_s, waits_s = times_s
+        starts_s = _since_begin(durations_s) + np.cumsum(waits_s, dtype=np.float64)
+        return cls(
+            unpack_steps(steps),
+            tuple(map(PlannedClock, clocks_mhz.tolist(), starts_s.tolist(), durations_s.tolist())),
+        )
+
+
+def _since_begin(durations_s: NDArray[np.float32]) -> NDArray[np.float64]:
+    """When each instruction would begin if none waited."""
+    return np.cumsum(durations_s, dtype=np.float64) - durations_s
 
 
 @dataclass(frozen=True)
@@ -84,14 +99,15 @@ class PlanMessage:
     @classmethod
     def of(cls, plan: Plan, *, number: int, limit_time_s: float, solve_s: float) -> PlanMessage:
         """The message of a plan, with what `PlanSummary` says beside it."""
-        stages = tuple(
+        stages = [
             StagePlan(
                 tuple((p.instruction.chunk, p.instruction.microbatch, p.instruction.kind) for p in order),
-                # With the precision they are sent in, so that all ranks and a saved state have the same plan.
-                tuple(PlannedClock(p.clock_mhz, float(np.float32(p.duration_s))) for p in order),
+                tuple(PlannedClock(p.clock_mhz, p.start_s, p.duration_s) for p in order),
             )
             for order in plan.stages
-        )
+        ]
+        # As it is sent, so that all ranks and a saved state have the same plan.
+        as_sent = tuple(StagePlan.decode(stage.encode()) for stage in stages)
         summary = PlanSummary(
             number,
             plan.schedule.num_microbatches,
@@ -103,7 +119,7 @@ class PlanMessage:
             plan.gap,
             solve_s,
         )
-        return cls(summary, stages)
+        return cls(summary, as_sent)
 
     def numbered(self, number: int) -> PlanMessage:
         """The same plan with another number."""

@@ -26,6 +26,7 @@ from perseus_core.runtime.clock.override import ClockOverridden
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.measure.events import Event, HostEvents
 from perseus_core.runtime.side_threads import OwnThreads
+from tests.planned_clocks import without_gaps
 from tests.runtime.simulated_machine import device_of, duration_s, locked_range, simulated_machine, wait_until
 
 LOCK = "nvmlDeviceSetGpuLockedClocks"
@@ -102,7 +103,7 @@ def test_instructions_run_at_their_planned_clocks(
     controller = make_controller()
     kinds = ["forward", "forward", "backward", "forward", "backward", "backward", "backward"]
     clocks = [1000, 600, 900, 700, 500, 500, 800]
-    plan = [PlannedClock(clock, duration_s(kind, clock)) for kind, clock in zip(kinds, clocks, strict=True)]
+    plan = without_gaps(*((clock, duration_s(kind, clock)) for kind, clock in zip(kinds, clocks, strict=True)))
     emulator = WorkEmulator(node, 0)
     for iteration in range(5):
         run_iteration(
@@ -178,7 +179,7 @@ def test_an_iteration_without_a_plan_leaves_the_clock_alone(
     controller = make_controller()
     controller.hold(800)
     run_iteration(controller, None, lambda _: None, 3)
-    run_iteration(controller, [PlannedClock(600, 0.05)], lambda _: None, 1)
+    run_iteration(controller, without_gaps((600, 0.05)), lambda _: None, 1)
     wait_until(lambda: controller.clock_in_force_mhz == 600)
     assert requested_mhz(node) == [800, 600] or requested_mhz(node) == [600]
 
@@ -188,7 +189,7 @@ def test_it_goes_to_the_newest_instruction_that_the_gpu_has_reached(
 ) -> None:
     """What was recorded far ahead waits for the GPU, and what is over by then is left out."""
     controller = make_controller()
-    plan = [PlannedClock(clock, 10.0) for clock in (900, 800, 700, 600)]
+    plan = without_gaps(*((clock, 10.0) for clock in (900, 800, 700, 600)))
     marks = [LateEvent() for _ in plan]
     controller.begin_iteration(plan)
     for mark in marks:
@@ -214,7 +215,7 @@ def test_a_missing_permission_is_kept_and_training_goes_on(
     assert isinstance(failure, NoPermission)
     assert "CAP_SYS_ADMIN" in str(failure)
     faults.clear(node.gpus[0])
-    run_iteration(controller, [PlannedClock(500, 0.05)], lambda _: None, 20)
+    run_iteration(controller, without_gaps((500, 0.05)), lambda _: None, 20)
     controller.stop()
     assert requested_mhz(node) == []
 
@@ -229,7 +230,7 @@ def test_a_lost_gpu_is_kept_as_the_failure(
     faults.lose(node.gpus[0])
     controller.hold(600)
     assert isinstance(wait_until(lambda: controller.failure), GpuLost)
-    run_iteration(controller, [PlannedClock(500, 0.05)], lambda _: None, 20)
+    run_iteration(controller, without_gaps((500, 0.05)), lambda _: None, 20)
     controller.stop()
 
 
@@ -279,7 +280,7 @@ def test_a_call_that_hangs_stops_neither_training_nor_its_end(
     wait_until(lambda: controller.clock_in_force_mhz == 700)
     faults.hang(node.gpus[0], LOCK, 3600)
     controller.hold(600)
-    run_iteration(controller, [PlannedClock(500, 0.05)], lambda _: None, 100)
+    run_iteration(controller, without_gaps((500, 0.05)), lambda _: None, 100)
     assert isinstance(wait_until(lambda: controller.failure), ClockCallHung)
     wait_until(lambda: locked_range(node) == [])
     controller.stop()

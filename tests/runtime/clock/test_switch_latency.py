@@ -63,11 +63,11 @@ def test_a_thread_that_looks_late_lets_no_clock_fall_too_early() -> None:
 
 
 def test_a_change_that_does_not_show_does_not_count() -> None:
-    """Power or heat holds the clock elsewhere; after a tenth of a second nobody waits for it any more."""
+    """Power or heat holds the clock elsewhere; after half a second nobody waits for it any more."""
     clock = SlowClock(3600.0)
     latency = SwitchLatency(0.015, lambda: clock.now_s)
     for clock_mhz in (900, 1200, 900):
-        assert watched(clock, latency, clock_mhz) == pytest.approx(0.1 / LOOK_EVERY_S, abs=2)
+        assert watched(clock, latency, clock_mhz) == pytest.approx(0.5 / LOOK_EVERY_S, abs=2)
     assert latency.switching.up_s == latency.switching.down_s == 0.015
 
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perseus_core.planning.schedule import one_f_one_b
-from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer
 from perseus_core.runtime.measure.events import HostEvents
@@ -41,6 +40,7 @@ from perseus_core.runtime.replan.plan_message import StagePlan
 from perseus_core.runtime.reporter import Reporter
 from perseus_core.runtime.session import Prepared, Session
 from perseus_core.runtime.settings import Settings
+from tests.planned_clocks import without_gaps
 
 from .interleaving import Interleaved
 from .stepped_threads import SteppedThreads
@@ -565,7 +565,7 @@ class Listening:
 
 
 STEPS = tuple((0, i.microbatch, i.kind) for i in one_f_one_b(2, 2).stages[1])
-STAGE_PLAN = StagePlan(STEPS, tuple(PlannedClock(1410, 0.05) for _ in STEPS))
+STAGE_PLAN = StagePlan(STEPS, tuple(without_gaps(*((1410, 0.05) for _ in STEPS))))
 
 
 def test_an_order_is_followed_from_the_iteration_on_from_which_it_holds() -> None:

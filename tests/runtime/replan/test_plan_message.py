@@ -54,10 +54,12 @@ def test_a_stage_of_256_instructions_is_about_a_kilobyte(message: PlanMessage) -
 def test_more_microbatches_than_can_be_sent_are_refused() -> None:
     """Before anything is sent."""
     with pytest.raises(InputError, match="microbatch 65536"):
-        StagePlan(((0, 65536, Kind.FORWARD),), (PlannedClock(1410, 0.05),)).encode()
+        StagePlan(((0, 65536, Kind.FORWARD),), (PlannedClock(1410, 0.0, 0.05),)).encode()
 
 
-ONE = StagePlan(((0, 0, Kind.FORWARD), (0, 0, Kind.BACKWARD)), (PlannedClock(1410, 0.05), PlannedClock(900, 0.1)))
+ONE = StagePlan(
+    ((0, 0, Kind.FORWARD), (0, 0, Kind.BACKWARD)), (PlannedClock(1410, 0.0, 0.05), PlannedClock(900, 0.06, 0.1))
+)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +69,9 @@ ONE = StagePlan(((0, 0, Kind.FORWARD), (0, 0, Kind.BACKWARD)), (PlannedClock(141
         b"not packed",
         ONE.encode()[:-3],
         ONE.encode() + b"more",
-        zlib.compress(b"0123456789" * 2 + b"0"),
-        zlib.compress(b"\0\0\0\x09" + b"\1\1" + b"\0\0\0\0"),
-        zlib.compress(b"\0\0\0\0" + b"\1\1" + b"\0\0\xc0\x7f"),
+        zlib.compress(b"01234567890123" * 2 + b"0"),
+        zlib.compress(b"\0\0\0\x09" + b"\1\1" + b"\0\0\0\0" * 2),
+        zlib.compress(b"\0\0\0\0" + b"\1\1" + b"\0\0\xc0\x7f" * 2),
         zlib.compress(bytes(2**26)),
     ],
     ids=["nothing", "else", "cut off", "too much", "half a row", "no kind", "no number", "a bomb"],
