@@ -45,7 +45,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         *_BASE_OF_RUNTIME,
         *_BASICS,
     ),
-    _RUNTIME + "ranks": (*_BASE_OF_RUNTIME, *_BASICS),
+    _RUNTIME + "ranks": ("perseus_core.planning.switching", *_BASE_OF_RUNTIME, *_BASICS),
     _RUNTIME + "job": (_RUNTIME + "measure", *_PLANNING),
     _RUNTIME + "replan": (
         _RUNTIME + "job",

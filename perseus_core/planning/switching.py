@@ -63,6 +63,8 @@ class Switching:
 
 
 AT_ONCE = Switching()
+# By so much a thread beside training predicts the end of an instruction wrong.
+USUAL_JITTER_S = 0.001
 
 
 def changes_per_iteration(clocks_of_stage: Sequence[int]) -> int:

@@ -169,6 +169,7 @@ def _planner(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], threads:
         clocks_mhz,
         settings.pick,
         straggler_slowdown=settings.straggler_slowdown,
+        switching=settings.switching,
         frontier_file=settings.frontier_file,
         now_s=threads.now_s,
     )

@@ -215,12 +215,13 @@ class Reporter:
         self._verdict_iterations = []
         self._announcer.say(
             "plan%s applied from iteration %d: %.1f %% less energy, %+.1f %% time promised, within %.2f %% of the "
-            "bound (solved in %.2g s)",
+            "bound; %d clock changes an iteration (solved in %.2g s)",
             "" if plan.num_microbatches == usual_microbatches else f" for {plan.num_microbatches} microbatches",
             iteration,
             100 * plan.saving,
             100 * plan.slowdown,
             100 * max(0.0, plan.gap),  # below 0 by rounding only
+            plan.changes_per_iteration,
             plan.solve_s,
         )
 

@@ -98,7 +98,7 @@ class Session:
         self._preparing: Future[Prepared] | None = threads.run(prepare)
         self._prepared = Prepared()
         self._meter = Meter(job.stage, None, threads)
-        self._clocks = StageClocks(None, settings.switch_latency_s, threads=threads)
+        self._clocks = StageClocks(None, settings.switching.up_s, threads=threads)
         self._conversation = Conversation(
             store,
             threads,
@@ -312,7 +312,7 @@ class Session:
         plan = None if order.phase is Phase.RECHECK else order.plan_for(num_microbatches)
         if plan is not None:
             self._stage_plan = stage = self._stage_plans[plan.number]
-            self._clocks.follow(stage.clocks)
+            self._clocks.follow(stage.clocks, plan.switching)
             durations_s = tuple(planned.duration_s for planned in stage.clocks)
             return Expectation(plan.number, None, durations_s, tuple(planned.clock_mhz for planned in stage.clocks))
         if order.phase is Phase.PROFILE and num_microbatches == order.usual_microbatches:
@@ -384,7 +384,7 @@ class Session:
         self._meter = Meter(self._job.stage, device, self._threads)
         self._meter.start()
         settable = None if self._settings.measure_only else device
-        self._clocks = StageClocks(settable, self._settings.switch_latency_s, threads=self._threads, guard=self._guard)
+        self._clocks = StageClocks(settable, self._settings.switching.up_s, threads=self._threads, guard=self._guard)
         self._clocks.start()
         if self._rank_zero is not None and self._prepared.planner is not None:
             if self._policy is not None:
@@ -400,11 +400,12 @@ class Session:
     def _make_report(self, order: Order) -> RankReport:
         rank, meter, reason = self._job.rank, self._meter, order.reason
         pipeline_time_s = meter.unlocked_pipeline_time_s(order.usual_microbatches)
+        up_s, down_s = self._clocks.measured_latencies_s
         if reason is Reason.BASELINE_CHANGED:
-            return RankReport(rank, meter.no_measurements(), pipeline_time_s=pipeline_time_s)
+            return RankReport(rank, meter.no_measurements(), pipeline_time_s=pipeline_time_s, up_s=up_s, down_s=down_s)
         if reason is not Reason.PROFILED:
             stretches = meter.stretches(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
-            return RankReport(rank, meter.no_measurements(), stretches)
+            return RankReport(rank, meter.no_measurements(), stretches, up_s=up_s, down_s=down_s)
         said = said_orders(self._job, order.usual_microbatches)
         follows = bool(said) and meter.traced == said[self._job.stage]
         return RankReport(
@@ -412,6 +413,8 @@ class Session:
             meter.measurements(),
             traced=() if follows else meter.traced,
             pipeline_time_s=pipeline_time_s,
+            up_s=up_s,
+            down_s=down_s,
         )
 
     # When something is wrong

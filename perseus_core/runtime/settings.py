@@ -14,9 +14,11 @@ from perseus_core.planning import policy as policies
 from perseus_core.planning.frontier import Frontier
 from perseus_core.planning.policy import Policy
 from perseus_core.planning.problem import PipelineProblem
+from perseus_core.planning.switching import USUAL_JITTER_S, Switching
 
 PolicyName = Literal["no_slowdown", "max_slowdown", "min_energy", "zeus", "carbon", "power_cap"]
 
+_USUAL_LATENCY_S = 0.015
 _NEEDED_BY = {
     "max_slowdown": ("max_slowdown",),
     "zeus": ("eta",),
@@ -50,6 +52,7 @@ class Settings:
         state_file: where the session keeps its plan, so that a restarted job goes on with it; empty for nowhere.
         frontier_file: where `frontier.json` is written after each solve; empty for nowhere.
         switch_latency_s: how long a clock change takes, until it has been measured; "auto" for 15 ms.
+        max_clock_changes_per_s: how often a GPU may change its clock; 0 for one clock on each stage.
         log_interval: iterations between log lines of what was measured under the plan; 0 for none.
 
     Raises:
@@ -76,6 +79,7 @@ class Settings:
     state_file: str = ""
     frontier_file: str = ""
     switch_latency_s: float | Literal["auto"] = "auto"
+    max_clock_changes_per_s: float = 10.0
     log_interval: int = 100
 
     def __post_init__(self) -> None:
@@ -94,6 +98,7 @@ class Settings:
                 self._check_number(name, 0, 1 if name == "eta" else math.inf)
         if self.switch_latency_s != "auto":
             self._check_number("switch_latency_s", 0, 1, remedy='must be "auto" or seconds from 0 to 1')
+        self._check_number("max_clock_changes_per_s", 0, math.inf)
         for name, least in (
             ("warmup_iterations", 1),
             ("baseline_iterations", 2),
@@ -106,6 +111,12 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise _error(name, value, f"must be a whole number, {least} or more")
         self._check_policy()
+
+    @property
+    def switching(self) -> Switching:
+        """What changes of clock take until it has been measured, and how many there may be."""
+        latency_s = _USUAL_LATENCY_S if self.switch_latency_s == "auto" else self.switch_latency_s
+        return Switching(latency_s, latency_s, USUAL_JITTER_S, self.max_clock_changes_per_s)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], where: str = "perseus") -> Settings:

@@ -47,6 +47,7 @@ class ClockControllerFailed(GpuError):  # noqa: N818 (named by what happened)
 @dataclass(frozen=True)
 class _IterationBegins:
     plan: Sequence[PlannedClock] | None
+    switching: Switching | None
 
 
 @dataclass
@@ -141,10 +142,15 @@ class ClockController:
             self._clock.release(max(0.0, deadline_s - self._threads.now_s()))
             self._thread.join(max(0.0, deadline_s - self._threads.now_s()))
 
-    def begin_iteration(self, plan: Sequence[PlannedClock] | None) -> None:
-        """The iteration begins. `plan`: this stage's instructions in order, or none to leave the clock alone."""
+    def begin_iteration(self, plan: Sequence[PlannedClock] | None, switching: Switching | None = None) -> None:
+        """The iteration begins.
+
+        Args:
+            plan: this stage's instructions in order, or none to leave the clock alone.
+            switching: what the plan was made for, counts as long as it has not been measured here.
+        """
         if self._is_following:
-            self._give(_IterationBegins(plan))
+            self._give(_IterationBegins(plan, switching))
             self._wake()
 
     def instruction_begins(self, event: Event) -> None:
@@ -204,8 +210,13 @@ class ClockController:
 
     @property
     def switching(self) -> Switching:
-        """What changes of clock take, as measured on this GPU (`SwitchLatency`)."""
+        """What changes of clock take, as far as is known."""
         return self._latency.switching
+
+    @property
+    def measured_latencies_s(self) -> tuple[float, float]:
+        """What changes up and down take on this GPU; 0 where that was not measured yet."""
+        return self._latency.up_s, self._latency.down_s
 
     # The controller's thread
 
@@ -259,6 +270,8 @@ class ClockController:
             elif type(message) is _IterationBegins:
                 self._num_orders_taken += 1
                 lookahead.begin_iteration(message.plan)
+                if message.switching is not None:
+                    self._latency.assume(message.switching)
             elif type(message) is _IterationEnds:
                 self._num_orders_taken += 1
                 lookahead.end_iteration()

@@ -7,14 +7,13 @@ from enum import Enum
 
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
+from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.controller import ClockController
 from perseus_core.runtime.clock.give_back import GuardedClock
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.clock.settable_clock import Guard
 from perseus_core.runtime.measure.events import Event
 from perseus_core.runtime.side_threads import SideThreads
-
-_USUAL_LATENCY_S = 0.015
 
 
 class _Mode(Enum):
@@ -32,7 +31,7 @@ class StageClocks:
     def __init__(
         self,
         device: Device | None,
-        switch_latency_s: float | str,
+        switch_latency_s: float,
         *,
         threads: SideThreads,
         guard: Guard = GuardedClock,
@@ -41,7 +40,7 @@ class StageClocks:
 
         Args:
             device: the GPU.
-            switch_latency_s: how long a change takes, until it has been measured; "auto" for what is usual.
+            switch_latency_s: how long a change takes, until it has been measured.
             threads: time, and the side thread that sets the clock.
             guard: makes the clock that is set, see `ClockController`.
         """
@@ -49,8 +48,7 @@ class StageClocks:
         self._now: int | _Mode | None = _Mode.UNKNOWN
         self._controller: ClockController | None = None
         if device is not None:
-            latency_s = _USUAL_LATENCY_S if isinstance(switch_latency_s, str) else switch_latency_s
-            self._controller = ClockController(device, latency_s, threads=threads, guard=guard)
+            self._controller = ClockController(device, switch_latency_s, threads=threads, guard=guard)
 
     @property
     def can_be_set(self) -> bool:
@@ -73,10 +71,15 @@ class StageClocks:
         if self._controller is not None:
             self._controller.stop(limit_s)
 
-    def follow(self, clocks: Sequence[PlannedClock]) -> None:
-        """The iteration that begins runs at the plan's clocks."""
+    @property
+    def measured_latencies_s(self) -> tuple[float, float]:
+        """What changes up and down take on this GPU; 0 where that was not measured yet."""
+        return (0.0, 0.0) if self._controller is None else self._controller.measured_latencies_s
+
+    def follow(self, clocks: Sequence[PlannedClock], switching: Switching) -> None:
+        """The iteration that begins runs at the plan's clocks; `switching` is what they were planned for."""
         if self._controller is not None:
-            self._controller.begin_iteration(clocks)
+            self._controller.begin_iteration(clocks, switching)
             self.following, self._now = True, _Mode.PLAN
 
     def hold(self, clock_mhz: int | None, from_event: Event | None = None) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from perseus_core.planning.switching import Switching
+from perseus_core.planning.switching import USUAL_JITTER_S, Switching
 from perseus_core.runtime.clock.settable_clock import SettableClock
 
 LOOK_EVERY_S = 0.001
@@ -16,8 +16,6 @@ _NUM_FIRST = 8
 _ONE_IN = 200
 _NEEDED, _KEPT = 3, 9
 _LIMIT_S = 0.5
-# By so much the end of an instruction is predicted wrong, or a change comes too early or too late.
-_JITTER_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class SwitchLatency:
 
     def __init__(self, assumed_s: float, now_s: Callable[[], float]) -> None:
         """Has measured nothing yet, and takes the assumed latency for true; `now_s` tells the time."""
-        self._assumed_s = assumed_s
+        self._assumed = Switching(assumed_s, assumed_s)
         self._now_s = now_s
         self._watched: _Change | None = None
         self._up_s: deque[float] = deque(maxlen=_KEPT)
@@ -95,17 +93,30 @@ class SwitchLatency:
         elif elapsed_s >= _LIMIT_S:
             self._watched = None
 
+    def assume(self, switching: Switching) -> None:
+        """What a plan takes for true, until it has been measured here."""
+        self._assumed = switching
+        self.switching = self._measured()
+
+    @property
+    def up_s(self) -> float:
+        """As measured; 0 if it was not yet."""
+        return statistics.median(self._up_s) if len(self._up_s) >= _NEEDED else 0.0
+
+    @property
+    def down_s(self) -> float:
+        """As measured; 0 if it was not yet."""
+        return min(self._down_s) if len(self._down_s) >= _NEEDED else 0.0
+
     def look_no_longer(self) -> None:
         """Another change is due: how long this one takes will not be known."""
         self._watched = None
 
     def _measured(self) -> Switching:
         """As far as it is known: of the other direction, or as assumed, until enough changes were seen."""
-        up_s = statistics.median(self._up_s) if len(self._up_s) >= _NEEDED else None
-        down_s = min(self._down_s) if len(self._down_s) >= _NEEDED else None
-        known_s = [s for s in (up_s, down_s) if s is not None] or [self._assumed_s]
+        up_s, down_s = self.up_s, self.down_s
         return Switching(
-            up_s=known_s[0] if up_s is None else up_s,
-            down_s=known_s[0] if down_s is None else down_s,
-            jitter_s=_JITTER_S,
+            up_s=up_s or down_s or self._assumed.up_s,
+            down_s=down_s or up_s or self._assumed.down_s,
+            jitter_s=USUAL_JITTER_S,
         )

@@ -193,12 +193,15 @@ class JobMeasurements:
         outside_time_s: for each stage, from its last instruction to the end of the iteration, at the highest clock.
         outside_energy_j: energy of one GPU of each stage, summed, outside the pipeline beyond blocking power, at the
             highest clock: `planning.problem.Problem.outside_energy_j`.
+        up_s, down_s: what changes of clock take at most; 0 if that was not measured.
     """
 
     profile: Profile
     blocking: tuple[BlockingPower, ...]
     outside_time_s: tuple[float, ...]
     outside_energy_j: float
+    up_s: float = 0.0
+    down_s: float = 0.0
 
     @property
     def blocking_power_w(self) -> tuple[float, ...]:
@@ -218,6 +221,8 @@ class JobMeasurements:
             "blocking": [[b.power_w, b.clock_mhz, b.slope_w_per_mhz, b.standard_error_w] for b in self.blocking],
             "outside_time_s": list(self.outside_time_s),
             "outside_energy_j": self.outside_energy_j,
+            "up_s": self.up_s,
+            "down_s": self.down_s,
         }
 
     @classmethod
@@ -243,6 +248,8 @@ class JobMeasurements:
                 tuple(BlockingPower(*(float(value) for value in row)) for row in fields.items("blocking")),
                 tuple(fields.numbers("outside_time_s")),
                 fields.number("outside_energy_j"),
+                fields.number("up_s", at_least=0),
+                fields.number("down_s", at_least=0),
             )  # fmt: skip
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{fields.where}: holds no measurements of a job ({error})") from None

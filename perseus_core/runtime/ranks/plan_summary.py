@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from perseus_core.planning.switching import Switching
+
 
 @dataclass(frozen=True)
 class PlanSummary:
@@ -18,6 +20,9 @@ class PlanSummary:
         baseline_time_s, baseline_energy_j: what the planner takes for the same at unlocked clocks.
         gap: how far the plan is from the best possible at most.
         solve_s: how long the planner took.
+        lost_to_switching: share of the baseline's energy that would be saved besides if clocks changed at once.
+        up_s, down_s: how long a change of clock was taken to last.
+        changes_per_iteration: of clocks, on the stage that has most.
     """
 
     number: int
@@ -29,6 +34,15 @@ class PlanSummary:
     baseline_energy_j: float
     gap: float
     solve_s: float
+    lost_to_switching: float = 0.0
+    up_s: float = 0.0
+    down_s: float = 0.0
+    changes_per_iteration: int = 0
+
+    @property
+    def switching(self) -> Switching:
+        """What changes of clock were taken to last."""
+        return Switching(self.up_s, self.down_s)
 
     @property
     def saving(self) -> float:

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from perseus_core.errors import InputError
 from perseus_core.planning.policy import Policy
@@ -70,6 +71,7 @@ class BackgroundPlanner:
             report = JobReport.decode(contents)
             if report.num_ranks < self._job.world_size:
                 logger.warning("planning with what %d of %d ranks have sent", report.num_ranks, self._job.world_size)
+            self._planner.take_latencies(report.up_s, report.down_s)
             if reason is Reason.PROFILED:
                 self._take_profile(report, baseline)
             elif reason is Reason.RECOVERED:
@@ -138,9 +140,11 @@ class BackgroundPlanner:
     def _take_profile(self, report: JobReport, baseline: Baseline) -> None:
         measured = self.known_profile
         if measured is None:
-            measured = merge(report.sweeps)
+            measured = replace(merge(report.sweeps), up_s=report.up_s, down_s=report.down_s)
             if self._cache is not None:
                 self._cache.save(self._job.key, measured)
+        else:
+            self._planner.take_latencies(measured.up_s, measured.down_s)
         traced = traced_orders(report, said_orders(self._job, baseline.num_microbatches))
         if traced is not None:
             logger.warning(

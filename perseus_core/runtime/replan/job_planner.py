@@ -82,7 +82,7 @@ class JobPlanner:
         frontier_file: str = "",
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Knows nothing yet; `now_s` tells how long planning takes."""
+        """Knows nothing yet; `switching` counts until it was measured, `now_s` tells how long planning takes."""
         self.job: MeasuredJob | None = None
         self.profile: Profile | None = None
         self._unhurried_profile: Profile | None = None  # without what was corrected because a plan was late
@@ -101,6 +101,12 @@ class JobPlanner:
         self._margin_s = 0.0
         self._last_plan: PlanMessage | None = None
         self.num_plans = 0
+
+    def take_latencies(self, up_s: float, down_s: float) -> None:
+        """What changes of clock take on the GPU where they take longest; 0 where that is not known."""
+        self._switching = replace(
+            self._switching, up_s=up_s or self._switching.up_s, down_s=down_s or self._switching.down_s
+        )
 
     def take_measurements(self, job: MeasuredJob, traced: Sequence[Sequence[Step]] | None = None) -> None:
         """Starts from new measurements; `traced` is what each stage executed, where that is not the schedule given."""
@@ -122,6 +128,7 @@ class JobPlanner:
         self._calibrate()
         self.num_plans = 1
         self._last_plan = state.plan.numbered(1)
+        self.take_latencies(state.plan.summary.up_s, state.plan.summary.down_s)
         return self._last_plan
 
     def correct(self, stretches: Stretches, measured_time_s: float, *, speed_changed: bool) -> None:

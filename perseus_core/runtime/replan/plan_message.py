@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from perseus_core.runtime.replan.packed_steps import PACKED_STEP, pack_steps, un
 _CLOCK, _TIME = np.dtype("<u2"), np.dtype("<f4")
 _INSTRUCTION_BYTES = PACKED_STEP.itemsize + _CLOCK.itemsize + 2 * _TIME.itemsize
 # Numbers of a `PlanSummary`; bytes of a stage's plan.
-_SUMMARY, _SIZE = struct.Struct("<9d"), struct.Struct("<I")
+_SUMMARY, _SIZE = struct.Struct("<13d"), struct.Struct("<I")
 _DECIMALS = 6  # of waits, in seconds
 # No stage executes so many instructions in an iteration.
 _MAX_INSTRUCTIONS = 2**20
@@ -118,6 +119,10 @@ class PlanMessage:
             plan.baseline_energy_j,
             plan.gap,
             solve_s,
+            plan.lost_to_switching,
+            plan.switching.up_s,
+            plan.switching.down_s,
+            plan.changes_per_iteration,
         )
         return cls(summary, as_sent)
 
@@ -144,8 +149,11 @@ class PlanMessage:
             raise _malformed(str(error)) from None
         if not stages or not np.isfinite(numbers).all():
             raise _malformed("it has no stage, or a number that is not finite")
-        number, num_microbatches, *promises = numbers
-        return cls(PlanSummary(int(number), int(num_microbatches), *promises), tuple(stages))
+        named: dict[str, Any] = dict(zip((f.name for f in fields(PlanSummary)), numbers, strict=True))
+        for name in ("number", "num_microbatches", "changes_per_iteration"):
+            named[name] = int(named[name])
+        summary = PlanSummary(**named)
+        return cls(summary, tuple(stages))
 
 
 def _sized(content: bytes) -> Iterator[bytes]:

@@ -51,7 +51,10 @@ class _Row(IntEnum):
 
 _COLUMNS: Mapping[_Row, np.dtype[Any]] = {
     _Row.REPORT: np.dtype(
-        [("magic", "<u4"), ("rank", "<u4"), ("num_rows", "<u4"), ("pipeline_time_s", "<f4"), ("stage", "<u2")]
+        [
+            *(("magic", "<u4"), ("rank", "<u4"), ("num_rows", "<u4"), ("pipeline_time_s", "<f4"), ("stage", "<u2")),
+            *(("up_s", "<f2"), ("down_s", "<f2")),
+        ]
     ),
     _Row.CLOCK: CLOCK_ROW,
     _Row.INSTRUCTION: INSTRUCTION_ROW,
@@ -92,6 +95,7 @@ class RankReport:
         stretches: how much longer than planned instructions took under the plan that runs.
         traced: what it executed, if that is not what its schedule says.
         pipeline_time_s: from its first instruction's begin to its last one's end in an iteration of the baseline.
+        up_s, down_s: what changes of clock take on its GPU; 0 if that was not measured.
     """
 
     rank: int
@@ -99,6 +103,8 @@ class RankReport:
     stretches: tuple[Stretch, ...] = ()
     traced: tuple[Step, ...] = ()
     pipeline_time_s: float = 0.0
+    up_s: float = 0.0
+    down_s: float = 0.0
 
     def encode(self) -> bytes:
         """As bytes, which may be appended to those of other ranks.
@@ -119,7 +125,8 @@ class RankReport:
             content.append(_encoded(_Row.CLOCK, sweep.clocks[place : place + 1]))
             content.append(_encoded(_Row.INSTRUCTION, sweep.instructions[sweep.clock_of_instruction == place]))
         num_rows = 1 + sum(map(len, content)) // _ROW_BYTES
-        head = (_MAGIC, self.rank, num_rows, self.pipeline_time_s, self.measurements.stage)
+        stage = self.measurements.stage
+        head = (_MAGIC, self.rank, num_rows, self.pipeline_time_s, stage, self.up_s, self.down_s)
         return b"".join([_encoded(_Row.REPORT, np.array([head], _COLUMNS[_Row.REPORT])), *content])
 
 
@@ -134,6 +141,7 @@ class JobReport:
         traced: what a stage executed, for those where some rank found that it is not what the schedule says.
         pipeline_time_s: of the rank with the longest one: a stage that begins first and ends last sees all of the
             pipeline.
+        up_s, down_s: what changes of clock take on the GPU where they take longest; 0 if no rank has measured it.
     """
 
     num_ranks: int
@@ -141,6 +149,8 @@ class JobReport:
     stretches: Stretches
     traced: Mapping[int, tuple[Step, ...]]
     pipeline_time_s: float
+    up_s: float
+    down_s: float
 
     @classmethod
     def decode(cls, contents: Sequence[bytes]) -> JobReport:
@@ -159,6 +169,8 @@ class JobReport:
             rows.usual_stretches(),
             rows.traced(),
             float(rows.reports["pipeline_time_s"].max()),
+            float(rows.reports["up_s"].max()),
+            float(rows.reports["down_s"].max()),
         )
 
     @property
