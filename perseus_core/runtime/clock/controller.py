@@ -312,11 +312,10 @@ class ClockController:
             return
         else:
             before_mhz = self._in_force_mhz or wanted_mhz
-            self._latency.lock(self._clock, wanted_mhz)
-            now_s = self._threads.now_s()
             self._settles_at_s = now_s + self._latency.switching.latency_s(before_mhz, wanted_mhz)
+            self._latency.lock(self._clock, wanted_mhz)
         self._in_force_mhz = wanted_mhz
-        self._override_watch.asked(wanted_mhz, now_s)
+        self._override_watch.asked(wanted_mhz, self._threads.now_s())
 
     def _must_wait_s(self, now_s: float) -> float:
         """A plan counts on it that a change is asked for when the last one is in force; what is held need not wait."""
