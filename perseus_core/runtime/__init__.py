@@ -23,8 +23,8 @@ The training thread; nothing here waits for another rank, a file, the driver or 
 Beside it, on every rank (`side_threads` says what a side thread is):
 
     sampler                                    # measure/sampler: follows the energy counter
-    controller                                 # clock/controller: waits for the marks, goes by clock/lookahead,
-                                               #   asks for the next clock early by clock/switch_latency
+    controller                                 # clock/controller: waits for the marks, goes by clock/lookahead, asks
+                                               #   for clocks as early as changes take (clock/switch_latency)
         guarded clock, watchdog                # clock/give_back, watchdog, clock_owner: it comes back whatever happens
     conversation                               # ranks/conversation: about once a second
         store.append(records)                  #   ranks/store: the job's own rendezvous store
