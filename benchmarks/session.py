@@ -1,6 +1,6 @@
 """End to end: what the session promises and what simulated GPUs really draw, and what the session itself costs.
 
-    python -m benchmarks.session [--runs 3] [--time-scale 1.0] [--description configs/gpus/a100.json]
+    python -m benchmarks.session [--runs 3] [--time-scale 1.0] [--description configs/gpus/a100.json] [--latency 0.015]
 
 Four processes (torch.distributed, gloo, no framework) execute 1F1B with eight microbatches on simulated GPUs, through
 the real `pynvml`. Energy and time of an iteration are the simulated GPUs' own (exact energy, not the counter), under
@@ -31,6 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--time-scale", type=float, default=1.0)
+    parser.add_argument("--latency", type=float, metavar="S", help="what a change of clock takes")
+    parser.add_argument("--told-latency", type=float, metavar="S", help="what the settings say that it takes")
     parser.add_argument("--description", default=str(ROOT / "configs" / "gpus" / "a100.json"))
     parser.add_argument("--iterations", type=int, default=90, help="until the session is closed")
     parser.add_argument("--data-parallel", type=int, default=1)
@@ -49,7 +51,11 @@ def _one_run(arguments: argparse.Namespace, seed: int) -> dict[str, float]:
         num_gpus=4 * arguments.data_parallel,
         seed=seed,
     )
-    settings = {"enabled": True, "profile_cache": "off", "log_interval": 8}
+    if arguments.latency is not None:
+        description = dataclasses.replace(description, clock_latency_s=arguments.latency)
+    settings: dict[str, Any] = {"enabled": True, "profile_cache": "off", "log_interval": 8}
+    if arguments.told_latency is not None:
+        settings["switch_latency_s"] = arguments.told_latency
     results, job = _train(description, settings, arguments.iterations + AFTER, arguments.iterations, arguments)
     if arguments.show_log:
         print("\n".join(log_of(job)))
