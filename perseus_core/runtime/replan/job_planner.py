@@ -95,6 +95,7 @@ class JobPlanner:
         self._frontier_file = frontier_file
         self._now_s = now_s
         self._baseline: Execution | None = None
+        self._time_scale = 1.0
         self._latency_s = 0.0
         self._outside_time_s = 0.0
         self._outside_energy_j = 0.0
@@ -232,10 +233,17 @@ class JobPlanner:
         return target_s
 
     def _calibrate(self) -> None:
-        """What the baseline took beyond its instructions is time between them, or outside the pipeline: a constant."""
+        """All clocks at maximum take what the baseline was measured to take.
+
+        What it took beyond its instructions is time between them, or outside the pipeline: a constant. What it took
+        less was measured too long, as when ranks wait within their instructions while they are profiled.
+        """
         assert self.job is not None, "there are measurements"
         baseline = self.job.baseline
+        self._time_scale = 1.0
         self._latency_s = self._outside_time_s = self._outside_energy_j = self._margin_s = 0.0
+        instructions_s = all_max(self._problem(baseline.num_microbatches)).iteration_time_s
+        self._time_scale = min(1.0, (self.job.pipeline_time_s or baseline.time_s) / instructions_s)
         problem = self._problem(baseline.num_microbatches)
         self._latency_s = fitted_latency_s(problem.dag, all_max(problem).durations_s, self.job.pipeline_time_s)
         pipeline = all_max(self._problem(baseline.num_microbatches))
@@ -243,12 +251,13 @@ class JobPlanner:
         if baseline.energy_j:
             unlocked = all_max(self._problem(baseline.num_microbatches))
             self._outside_energy_j = max(0.0, baseline.energy_j - unlocked.energy_j)
-        self._baseline = all_max(self._problem(baseline.num_microbatches))
+        unlocked = all_max(self._problem(baseline.num_microbatches))
+        self._baseline = replace(unlocked, iteration_time_s=baseline.time_s)
 
     def _problem(self, num_microbatches: int) -> PipelineProblem:
         assert self.job is not None, "there are measurements"
         return PipelineProblem.of(
-            self._known_profile(),
+            _scaled(self._known_profile(), self._time_scale),
             self.schedule(num_microbatches),
             self.job.blocking_power_w,
             transfer_latency_s=self._latency_s,
@@ -278,6 +287,15 @@ class JobPlanner:
     def _known_profile(self) -> Profile:
         assert self.profile is not None, "there are measurements"
         return self.profile
+
+
+def _scaled(profile: Profile, factor: float) -> Profile:
+    """Instructions so much longer, at the same power."""
+    if factor == 1:
+        return profile
+    return Profile(
+        tuple(replace(m, time_s=factor * m.time_s, energy_j=factor * m.energy_j) for m in profile.measurements)
+    )
 
 
 def _stretched(plan: PlanMessage, stretches: Stretches) -> list[float]:

@@ -72,6 +72,26 @@ def test_time_between_instructions_is_known(own_profile: Profile, planner: JobPl
     assert plan.summary.saving > ignorant.plan().summary.saving
 
 
+@pytest.mark.parametrize("factor", [0.95, 0.98, 1.0, 1.02, 1.05])
+def test_the_limit_is_what_was_measured_however_wrong_the_sweep_was(own_profile: Profile, factor: float) -> None:
+    """Instructions that were profiled too long or too short move neither the baseline nor the promise."""
+    wrong = Profile(
+        tuple(
+            dataclasses.replace(m, time_s=factor * m.time_s, energy_j=factor * m.energy_j)
+            for m in own_profile.measurements
+        )
+    )
+    planner = JobPlanner(lambda microbatches: one_f_one_b(4, microbatches), clocks_mhz(own_profile), no_slowdown)
+    job = measured(own_profile)
+    planner.take_measurements(dataclasses.replace(job, profile=wrong))
+    plan = planner.plan()
+    assert plan.summary.baseline_time_s == plan.summary.limit_time_s == job.baseline.time_s
+    assert plan.summary.promised_time_s <= job.baseline.time_s * (1 + 1e-9)
+    really = execute(truth(own_profile), [planned.clock_mhz for stage in plan.stages for planned in stage.clocks])
+    assert really.iteration_time_s == pytest.approx(job.baseline.time_s, rel=0.01)
+    assert 1 - really.energy_j / job.baseline.energy_j == pytest.approx(plan.summary.saving, abs=0.01)
+
+
 def test_another_number_of_microbatches_has_the_same_constants(own_profile: Profile, planner: JobPlanner) -> None:
     """Its unlocked time was never measured."""
     unlocked_s = all_max(truth(own_profile, 12)).iteration_time_s
