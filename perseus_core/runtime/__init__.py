@@ -35,6 +35,7 @@ And on rank 0:
     rank zero                                  # rank_zero: about once a second
         table.take_in(records of all ranks)    #   ranks/job_table: arrays, a place for each rank
         decisions.conclude()                   #   ranks/decisions, plan_watch, speed_watch: what follows for the job
+            time_ratio()                       #     ranks/comparison: under the plan beside interludes without it
         store.set(order)                       #   holds from an iteration that all ranks hear of before
         reporter.tell()                        #   reporter: the few lines of the log
     planner, when measurements were collected  # replan/background_planner
@@ -44,8 +45,9 @@ And on rank 0:
 
 Phases of a job, `ranks/order.Phase`:
 
-    opening -> warm up -> profile -> collect -> solve -> run -> collect -> solve -> run ...
-                                                          -> recheck -> collect or measure only
+    opening -> warm up -> profile -> collect -> solve -> run -> interlude -> run -> interlude -> run ...
+                                                                          -> collect -> solve -> run ...
+                                                                          -> measure only
     and from any of them -> stepped aside, when something of ours failed: training goes on without us.
 
 Rooms import each other one way: `ranks`, `measure` and `clock` know nothing of each other, but that the clock follows

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from perseus_core.runtime.log import Announcer
 from perseus_core.runtime.measure.sweep import Progress
+from perseus_core.runtime.ranks.comparison import Interval
 from perseus_core.runtime.ranks.decisions import Conclusions, Decisions
 from perseus_core.runtime.ranks.order import Baseline, Order, Phase, Reason
 from perseus_core.runtime.ranks.plan_summary import PlanSummary
@@ -24,7 +26,10 @@ class Figures:
 
     Attributes:
         iteration_time_s, energy_j: of an iteration; 0 while not known.
-        saving: share of the baseline's energy that is saved; 0 while not known.
+        saving: share of the energy that is saved; 0 while not known.
+        slowdown: share by which an iteration takes longer; 0 while not known.
+        saving_between, slowdown_between: between what they lie with a confidence of 95 %, once iterations under the
+            plan have been compared with iterations without it of the same minutes; both 0 before.
         iterations: measured iterations under any plan.
         slow_ranks: ranks that were last seen slower than their profile.
     """
@@ -32,6 +37,9 @@ class Figures:
     iteration_time_s: float = 0.0
     energy_j: float = 0.0
     saving: float = 0.0
+    slowdown: float = 0.0
+    saving_between: tuple[float, float] = (0.0, 0.0)
+    slowdown_between: tuple[float, float] = (0.0, 0.0)
     iterations: int = 0
     slow_ranks: tuple[int, ...] = ()
 
@@ -42,8 +50,10 @@ class Figures:
     @classmethod
     def decode(cls, content: bytes) -> Figures:
         """From the bytes that `encode` made."""
-        fields = json.loads(content)
-        return cls(**{**fields, "slow_ranks": tuple(fields["slow_ranks"])})
+        fields: dict[str, Any] = json.loads(content)
+        for name in ("saving_between", "slowdown_between", "slow_ranks"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
 
     def metrics(self) -> dict[str, float]:
         """What goes to a framework's own metrics."""
@@ -65,7 +75,8 @@ class SessionStatus:
         promised_slowdown: share by which it should be slower.
         gap: how far it is from the best possible at most.
         solve_s: how long the planner took.
-        iteration_time_s, energy_j: measured under it; 0 while not known.
+        iteration_time_s, energy_j, saving, slowdown: measured under it, see `Figures`.
+        saving_between, slowdown_between: likewise.
         iterations_under_plan: measured iterations under any plan.
         profiling_iterations: how many iterations profiling took.
         slow_ranks: ranks that were last seen slower than their profile.
@@ -83,19 +94,13 @@ class SessionStatus:
     solve_s: float = 0.0
     iteration_time_s: float = 0.0
     energy_j: float = 0.0
+    saving: float = 0.0
+    slowdown: float = 0.0
+    saving_between: tuple[float, float] = (0.0, 0.0)
+    slowdown_between: tuple[float, float] = (0.0, 0.0)
     iterations_under_plan: int = 0
     profiling_iterations: int = 0
     slow_ranks: tuple[int, ...] = ()
-
-    @property
-    def saving(self) -> float:
-        """Share of the baseline's energy that is saved, as measured; 0 while not known."""
-        return 1 - self.energy_j / self.baseline_energy_j if self.energy_j and self.baseline_energy_j else 0.0
-
-    @property
-    def slowdown(self) -> float:
-        """Share by which an iteration takes longer than the baseline, as measured."""
-        return self.iteration_time_s / self.baseline_time_s - 1 if self.iteration_time_s else 0.0
 
 
 class Reporter:
@@ -151,8 +156,13 @@ class Reporter:
                 say("planning anew for the speed that the GPUs have now")
             elif decisions.reason is Reason.RECOVERED:
                 say("planning anew: the GPU that was slow may have recovered")
-            elif decisions.reason is Reason.BASELINE_CHANGED and baseline is not None:
-                say("the job itself has become slower: %.4g s an iteration without a plan now", baseline.time_s)
+            elif decisions.reason is Reason.SLOWER and plan is not None:
+                say(
+                    "iterations take %s time beside those without a plan, allowed are %+.2f %%: correcting the plan by "
+                    "what was seen",
+                    decisions.time_ratio(),
+                    100 * (plan.limit_time_s / plan.baseline_time_s - 1),
+                )
 
     def _tell_slow(self, slow: SlowRank) -> None:
         if slow.iteration < self._slow_told.get(slow.rank, -_SAY_AGAIN_AFTER) + _SAY_AGAIN_AFTER:
@@ -175,36 +185,25 @@ class Reporter:
         self._verdict_iterations = (self._verdict_iterations + list(verdict.iterations))[-_MOST_ITERATIONS:]
         if baseline is None or plan is None:
             return
-        slowdown = verdict.time_s / baseline.time_s - 1
         energy_j = decisions.iteration_energy_j(verdict.iterations)
-        saving = 1 - energy_j / baseline.energy_j if energy_j and baseline.energy_j else 0.0
-        self.figures = Figures(
+        figures = Figures(
             verdict.time_s,
             decisions.iteration_energy_j(self._verdict_iterations) or 0.0,
-            saving,
-            len(self._verdict_iterations),
-            decisions.slow_ranks,
+            1 - energy_j / baseline.energy_j if energy_j and baseline.energy_j else 0.0,
+            verdict.time_s / baseline.time_s - 1,
+            iterations=len(self._verdict_iterations),
+            slow_ranks=decisions.slow_ranks,
         )
-        if verdict.is_slow:
-            self._announcer.say(
-                "iterations take %+.2f %% time, allowed are %+.2f %%: %s",
-                100 * slowdown,
-                100 * (plan.limit_time_s / baseline.time_s - 1),
-                "after all corrections, so the job is measured without a plan again"
-                if decisions.phase is Phase.RECHECK
-                else "correcting the plan by what was seen",
-            )
-            return
+        self.figures = _beside_interludes(figures, decisions.time_ratio(), decisions.energy_ratio())
         due = self._log_interval and verdict.iterations[-1] - self._last_told >= self._log_interval
         if self._num_verdicts_told == 0 or due:
             self._num_verdicts_told += 1
             self._last_told = verdict.iterations[-1]
             self._announcer.say(
-                "measured in iterations %d to %d: %s%+.2f %% time",
+                "measured in iterations %d to %d: %s",
                 verdict.iterations[0],
                 verdict.iterations[-1],
-                f"{100 * saving:.1f} % less energy, " if saving else "",
-                100 * slowdown,
+                _measured_in_words(self.figures),
             )
 
     # On rank 0's training thread
@@ -250,15 +249,32 @@ class Reporter:
 
     def end(self, order: Order) -> None:
         """The session ends."""
-        baseline, plan, figures = order.baseline, order.plan_for(order.usual_microbatches), self.figures
-        if plan is not None and baseline is not None and baseline.energy_j and figures.energy_j:
+        plan, figures = order.plan_for(order.usual_microbatches), self.figures
+        if plan is not None and figures.saving:
             self._announcer.say(
-                "under the plan: %.1f %% less energy and %+.2f %% time an iteration (promised %.1f %% and %+.2f %%)",
-                100 * (1 - figures.energy_j / baseline.energy_j),
-                100 * (figures.iteration_time_s / baseline.time_s - 1),
+                "under the plan: %s an iteration (promised %.1f %% and %+.2f %%)",
+                _measured_in_words(figures),
                 100 * plan.saving,
                 100 * plan.slowdown,
             )
+
+
+def _beside_interludes(figures: Figures, time: Interval | None, energy: Interval | None) -> Figures:
+    """With what iterations without a plan of the same minutes say, once there were some."""
+    if time is not None:
+        figures = replace(figures, slowdown=time.middle - 1, slowdown_between=(time.low - 1, time.high - 1))
+    if energy is not None:
+        figures = replace(figures, saving=1 - energy.middle, saving_between=(1 - energy.high, 1 - energy.low))
+    return figures
+
+
+def _measured_in_words(figures: Figures) -> str:
+    saving, slowdown = (
+        f" ({100 * low:{form}} to {100 * high:{form}})" if low or high else ""
+        for (low, high), form in ((figures.saving_between, ".1f"), (figures.slowdown_between, "+.2f"))
+    )
+    energy = f"{100 * figures.saving:.1f} %{saving} less energy, " if figures.saving else ""
+    return f"{energy}{100 * figures.slowdown:+.2f} %{slowdown} time"
 
 
 def _in_words(baseline: Baseline) -> str:

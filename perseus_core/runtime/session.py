@@ -244,6 +244,10 @@ class Session:
             0.0 if plan is None else plan.solve_s,
             figures.iteration_time_s,
             figures.energy_j,
+            figures.saving,
+            figures.slowdown,
+            figures.saving_between,
+            figures.slowdown_between,
             figures.iterations,
             0 if progress is None else progress.iterations_done,
             figures.slow_ranks,
@@ -309,7 +313,7 @@ class Session:
     def _set_out(self, number: int, num_microbatches: int, begin: Event) -> Expectation:
         """Sees to the clocks of the iteration that begins, and says what is expected of it."""
         order, self._stage_plan = self._order, None
-        plan = None if order.phase is Phase.RECHECK else order.plan_for(num_microbatches)
+        plan = order.plan_for(num_microbatches) if order.plans_run_in(number) else None
         if plan is not None:
             self._stage_plan = stage = self._stage_plans[plan.number]
             self._clocks.follow(stage.clocks, plan.switching)
@@ -319,7 +323,7 @@ class Session:
             clock_mhz = self._meter.sweep_clock_mhz(number - order.from_iteration)
             self._clocks.hold(clock_mhz, begin)
             return Expectation(held_mhz=clock_mhz)
-        if order.plans and order.phase is not Phase.RECHECK:
+        if order.plans and order.plans_run_in(number):
             self._reporter.cannot_follow(num_microbatches)
         self._clocks.hold(None, begin)
         return Expectation()
@@ -401,11 +405,16 @@ class Session:
         rank, meter, reason = self._job.rank, self._meter, order.reason
         pipeline_time_s = meter.unlocked_pipeline_time_s(order.usual_microbatches)
         up_s, down_s = self._clocks.measured_latencies_s
-        if reason is Reason.BASELINE_CHANGED:
-            return RankReport(rank, meter.no_measurements(), pipeline_time_s=pipeline_time_s, up_s=up_s, down_s=down_s)
         if reason is not Reason.PROFILED:
             stretches = meter.stretches(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
-            return RankReport(rank, meter.no_measurements(), stretches, up_s=up_s, down_s=down_s)
+            return RankReport(
+                rank,
+                meter.no_measurements(),
+                stretches,
+                pipeline_time_s=pipeline_time_s,
+                up_s=up_s,
+                down_s=down_s,
+            )
         said = said_orders(self._job, order.usual_microbatches)
         follows = bool(said) and meter.traced == said[self._job.stage]
         return RankReport(
@@ -471,5 +480,7 @@ def _limits(settings: Settings) -> Limits:
         settings.watch_iterations,
         settings.tolerance,
         settings.slow_gpu,
+        interlude_interval=settings.interlude_interval,
+        interlude_iterations=settings.interlude_iterations,
         profile_iterations=settings.profile_iterations,
     )

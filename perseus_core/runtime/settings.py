@@ -46,12 +46,14 @@ class Settings:
         baseline_iterations: iterations after them, at the clocks the job had without us, that are the baseline.
         profile_clocks: how many clocks are measured.
         profile_iterations: iterations measured at each clock, after one that is discarded.
-        watch_iterations: iterations after which a plan is judged.
+        watch_iterations: iterations under a plan, before an interlude and after it, that are compared with its own.
         slow_gpu: by which share a GPU must be slower than its profile to be reported, and planned for.
         profile_cache: folder of measured profiles; "auto" for the user's cache folder, "off" for none.
         state_file: where the session keeps its plan, so that a restarted job goes on with it; empty for nowhere.
         frontier_file: where `frontier.json` is written after each solve; empty for nowhere.
         switch_latency_s: how long a clock change takes, until it has been measured; "auto" for 15 ms.
+        interlude_interval, interlude_iterations: after so many iterations under a plan, so many are measured without it
+            (one more is discarded), since a job drifts.
         max_clock_changes_per_s: how often a GPU may change its clock; 0 for one clock on each stage.
         log_interval: iterations between log lines of what was measured under the plan; 0 for none.
 
@@ -80,6 +82,8 @@ class Settings:
     frontier_file: str = ""
     switch_latency_s: float | Literal["auto"] = "auto"
     max_clock_changes_per_s: float = 10.0
+    interlude_interval: int = 200
+    interlude_iterations: int = 2
     log_interval: int = 100
 
     def __post_init__(self) -> None:
@@ -105,6 +109,8 @@ class Settings:
             ("profile_clocks", 2),
             ("profile_iterations", 1),
             ("watch_iterations", 2),
+            ("interlude_interval", 20),
+            ("interlude_iterations", 1),
             ("log_interval", 0),
         ):
             value = getattr(self, name)

@@ -22,6 +22,7 @@ from perseus_core.runtime.side_threads import SideThreads
 # Readings this far before an iteration are still needed to interpolate its beginning.
 _READINGS_BEFORE_S = 2.0
 _REMEMBERED_ITERATIONS = 16
+_ENOUGH_UNLOCKED = 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class Meter:
         self._energies: deque[tuple[int, float]] = deque()
         self._plan = 0
         self._under_plan: deque[MeasuredIteration] = deque(maxlen=_REMEMBERED_ITERATIONS)
-        self._unlocked: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED_ITERATIONS)
+        # Microbatches and pipeline time of iterations at unlocked clocks, the last two stretches of them.
+        self._unlocked: deque[list[tuple[int, float]]] = deque([[]], maxlen=2)
+        self._was_unlocked = True
 
     def start(self) -> None:
         """Starts to sample the energy counter."""
@@ -135,8 +138,12 @@ class Meter:
     # At unlocked clocks
 
     def unlocked_pipeline_time_s(self, num_microbatches: int) -> float:
-        """Median time from the first instruction's begin to the last one's end; 0 where none of so many was seen."""
-        return median([time_s for microbatches, time_s in self._unlocked if microbatches == num_microbatches] or [0.0])
+        """Median time from the first instruction's begin to the last one's end, of the newest; 0 if none was seen."""
+        for stretch in reversed(self._unlocked):
+            times_s = [time_s for microbatches, time_s in stretch if microbatches == num_microbatches]
+            if len(times_s) >= _ENOUGH_UNLOCKED:
+                return median(times_s[-_REMEMBERED_ITERATIONS:])
+        return 0.0
 
     # Every iteration
 
@@ -178,15 +185,17 @@ class Meter:
 
     def _remember(self, measured: MeasuredIteration) -> None:
         expectation, spans = measured.record.expectation, measured.iteration.spans
+        was_unlocked, self._was_unlocked = self._was_unlocked, not expectation.plan and expectation.held_mhz is None
+        if self._was_unlocked and not was_unlocked:
+            self._unlocked.append([])  # and clocks may still change in this iteration
+        elif self._was_unlocked and spans:
+            self._unlocked[-1].append((measured.record.num_microbatches, spans[-1].end_s - spans[0].begin_s))
         if not expectation.plan:
-            if expectation.held_mhz is None and spans:
-                self._unlocked.append((measured.record.num_microbatches, spans[-1].end_s - spans[0].begin_s))
             return
         if expectation.plan != self._plan:
             # In the first iteration under a plan its clocks may come late.
             self._plan = expectation.plan
             self._under_plan.clear()
-            self._unlocked.clear()
         else:
             self._under_plan.append(measured)
 

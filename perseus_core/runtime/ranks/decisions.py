@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perseus_core.runtime.ranks.comparison import Interval
 from perseus_core.runtime.ranks.job_table import JobTable
 from perseus_core.runtime.ranks.order import Baseline, Phase, Reason
 from perseus_core.runtime.ranks.plan_summary import PlanSummary
@@ -28,6 +29,8 @@ _MOST_COOL_PATIENCE = 1000
 _LEAST_MEASURED_S = 0.5
 # Energies of iterations are remembered so long: verdicts and the status speak of them.
 _REMEMBERED_ITERATIONS = 1000
+# The baseline is measured in so many interludes.
+_YOUNG_INTERLUDES = 3
 # Ranks end their training within so many iterations of each other.
 ENDING_ITERATIONS = 16
 
@@ -44,6 +47,8 @@ class Limits:
     slow_gpu: float = 0.05
     max_corrections: int = 3
     profile_iterations: int = 3
+    interlude_interval: int = 200
+    interlude_iterations: int = 2
 
 
 @dataclass
@@ -76,6 +81,7 @@ class Decisions:
         phase: what the job does.
         from_iteration: it does so from this iteration on.
         iterations_of_step: while profiling, how many iterations each clock is held; the first is discarded.
+        interlude_until: in an interlude, the iteration from which the plan runs again.
         baseline: once measured.
         collection: how often measurements were collected, the one under way included.
         reason: what the newest collection is for.
@@ -108,6 +114,7 @@ class Decisions:
         self.phase = Phase.SOLVE if has_plan and self._can_lock and not limits.measure_only else Phase.WARM_UP
         self.from_iteration = 0
         self.iterations_of_step = 0
+        self.interlude_until = 0
         self.collection = 0
         self.reason = Reason.PROFILED
         self.plan = 0
@@ -116,6 +123,10 @@ class Decisions:
         self._baseline_microbatches = 0
         self._num_skipped = 0
         self._energy_of: dict[int, float] = {}
+        self._time_of: dict[int, float] = {}
+        self._newest = -1
+        self._interlude_for: Reason | None = None
+        self._interlude_ended = 0
         self._of_first_stage = table.stage == 0
         self._speeds = SpeedWatch(table.stage, limits.slow_gpu)
         self._watch: PlanWatch | None = None
@@ -142,6 +153,14 @@ class Decisions:
         """
         known = [self._energy_of[i] for i in iterations if i in self._energy_of]
         return statistics.median(known) if known else None
+
+    def time_ratio(self) -> Interval | None:
+        """Time of an iteration under the plan, as a share of one without; None while too little is known."""
+        return None if self._watch is None else self._watch.compare(self._time_of)
+
+    def energy_ratio(self) -> Interval | None:
+        """The same of energies."""
+        return None if self._watch is None else self._watch.compare(self._energy_of)
 
     def conclude(self, soonest: int, offered: int) -> Conclusions:
         """Goes through what was told since the last call, and says what follows.
@@ -170,7 +189,8 @@ class Decisions:
         """The plan that was applied last is the one to be judged."""
         # In its first iteration clocks may still change.
         from_iteration = self.from_iteration + 1
-        self._watch = PlanWatch(plan, self._limits.watch_iterations, self._limits.tolerance, from_iteration)
+        self._watch = PlanWatch(plan, self._limits.watch_iterations, from_iteration)
+        self._interlude_ended = from_iteration
         self._speeds.forget()
         self._others.clear()
         self._cool_iterations = 0
@@ -194,10 +214,8 @@ class Decisions:
         ranks_of_stage = np.bincount(self._table.stage)
         sums_j = np.bincount(self._table.stage, energies_j)
         self._energy_of[iteration] = float((sums_j / ranks_of_stage).sum())
-        for old in [i for i in self._energy_of if i < iteration - _REMEMBERED_ITERATIONS]:
-            del self._energy_of[old]
-        is_of_baseline = iteration in self._baseline_iterations and self.phase is not Phase.RECHECK
-        if is_of_baseline and self.baseline is not None:
+        _forget_before(self._energy_of, iteration - _REMEMBERED_ITERATIONS)
+        if iteration in self._baseline_iterations and self.baseline is not None:
             energy_j = self.iteration_energy_j(list(self._baseline_iterations))
             self.baseline = Baseline(self.baseline.num_microbatches, self.baseline.time_s, energy_j or 0.0)
 
@@ -211,12 +229,17 @@ class Decisions:
         self._cool_iterations = 0 if times["throttled"].any() else self._cool_iterations + 1
         if self.phase is Phase.WARM_UP:
             self._note_baseline(iteration, num_microbatches, time_s)
-        elif self._is_recheck(iteration) and num_microbatches == self._baseline_microbatches:
-            self._baseline_iterations[iteration] = time_s
+        if self.baseline is not None and num_microbatches == self.baseline.num_microbatches:
+            self._time_of[iteration] = time_s
+            _forget_before(self._time_of, iteration - _REMEMBERED_ITERATIONS)
+        self._newest = iteration
+        if self._is_unplanned(iteration):
+            self._speeds.skip()
+            return
         if self._watch is None or iteration >= self._watch.from_iteration:
             slow = self._speeds.note(iteration, times["seen_s"], times["expected_s"], times["throttled"])
             conclusions.slow_rank = conclusions.slow_rank or slow
-        if self.phase is Phase.RUN and self._watch is not None:
+        if self.phase in (Phase.RUN, Phase.INTERLUDE) and self._watch is not None:
             if num_microbatches == self._watch.plan.num_microbatches:
                 verdict = self._watch.note(iteration, time_s)
                 conclusions.verdicts += () if verdict is None else (verdict,)
@@ -265,8 +288,8 @@ class Decisions:
             self._enter(Phase.SOLVE, self.from_iteration)
         elif self.phase is Phase.RUN:
             self._react(soonest, conclusions)
-        elif self.phase is Phase.RECHECK and len(self._baseline_iterations) >= self._limits.baseline_iterations:
-            self._end_recheck(soonest)
+        elif self.phase is Phase.INTERLUDE and self._newest >= self.interlude_until - 1:
+            self._end_interlude(soonest)
 
     def _apply_what_arrived(self, soonest: int, offered: int, conclusions: Conclusions) -> None:
         if self.phase in (Phase.SOLVE, Phase.RUN) and offered > self.plan and (self._table.received == offered).all():
@@ -292,26 +315,72 @@ class Decisions:
         energy_j = self.iteration_energy_j(list(self._baseline_iterations))
         return Baseline(self._baseline_microbatches, time_s, energy_j or 0.0)
 
-    def _start_recheck(self, soonest: int) -> None:
-        """Corrections have not helped. Whether the plan is to blame only an iteration without it can tell."""
-        assert self.baseline is not None, "a plan was compared with it"
-        self._enter(Phase.RECHECK, soonest)
-        self._baseline_microbatches = self.baseline.num_microbatches
-        self._baseline_iterations.clear()
+    # Interludes
 
-    def _is_recheck(self, iteration: int) -> bool:
-        # In its first iteration clocks may still change.
-        return self.phase is Phase.RECHECK and iteration > self.from_iteration
+    def _start_interlude(self, then: Reason | None, soonest: int) -> None:
+        """Some iterations without a plan, the first of which does not count: clocks may still change in it.
 
-    def _end_recheck(self, soonest: int) -> None:
-        found = self._measured_baseline()
-        assert self.baseline is not None, "there was one before"
-        if found.time_s > self.baseline.time_s * (1 + self._limits.tolerance):
-            self.baseline = found
-            self._corrections = 0
-            self._start_collection(Reason.BASELINE_CHANGED, soonest)
+        Args:
+            then: why measurements are collected after it; none to judge the plan.
+            soonest: when it begins.
+        """
+        self._interlude_for = then
+        self.interlude_until = soonest + 1 + self._limits.interlude_iterations
+        self._enter(Phase.INTERLUDE, soonest)
+
+    def _is_unplanned(self, iteration: int) -> bool:
+        """Whether an iteration belongs to the interlude, or to the way back from it."""
+        return self.phase is Phase.INTERLUDE and self.from_iteration <= iteration <= self.interlude_until
+
+    def _end_interlude(self, soonest: int) -> None:
+        unplanned = [i for i in range(self.from_iteration + 1, self.interlude_until) if i in self._time_of]
+        self._enter(Phase.RUN, self.interlude_until)  # as it does already
+        self._interlude_ended = self.interlude_until
+        assert self._watch is not None, "a plan was judged"
+        if unplanned:
+            if self._interlude_for is not None:
+                self._watch.interludes.clear()  # GPUs were faster, or slower, then
+            self._watch.end_interlude(unplanned, self.interlude_until + 1)
+            self._renew_baseline()
+        if self._interlude_for is not None:
+            self._start_collection(self._interlude_for, soonest)
+        else:
+            self._judge(soonest)
+
+    def _renew_baseline(self) -> None:
+        """From the last interludes."""
+        assert self.baseline is not None, "plans were made for one"
+        assert self._watch is not None, "there was an interlude"
+        young = [i for each in list(self._watch.interludes)[-_YOUNG_INTERLUDES:] for i in each.unplanned]
+        time_s = statistics.median(self._time_of[i] for i in young)
+        self._baseline_iterations = dict.fromkeys(young, time_s)  # their energies are told later
+        energy_j = self.iteration_energy_j(young) or self.baseline.energy_j
+        self.baseline = Baseline(self.baseline.num_microbatches, time_s, energy_j)
+
+    def _judge(self, soonest: int) -> None:
+        """A plan under which iterations take longer than allowed, noise left aside, is corrected, or given up."""
+        assert self._watch is not None, "a plan was judged"
+        found = self.time_ratio()
+        if found is None or found.low <= self._watch.allowed * (1 + self._limits.tolerance):
+            return
+        if self._corrections < self._limits.max_corrections:
+            self._corrections += 1
+            self._start_collection(Reason.SLOWER, soonest)
         else:
             self._step_back(soonest)
+
+    def _interlude_is_due(self, verdict: Verdict | None) -> bool:
+        watch = self._watch
+        if watch is None or len(watch.newest_planned) < watch.window:
+            return False
+        since = self._newest - self._interlude_ended
+        if not watch.interludes or since >= self._limits.interlude_interval:
+            return True
+        # Above the limit it is looked at more closely, but not for ever: it may be noise.
+        assert self.baseline is not None, "plans were made for one"
+        limit_s = self.baseline.time_s * watch.allowed * (1 + self._limits.tolerance)
+        is_over = verdict is not None and verdict.time_s > limit_s
+        return is_over and since >= len(watch.interludes) * watch.window
 
     def _step_back(self, soonest: int) -> None:
         """Plans did not keep their promise, or a clock cannot be set: clocks are left to the driver for good."""
@@ -329,17 +398,18 @@ class Decisions:
         if self._speeds.has_changed:
             self._speeds.react()
             self._is_speed_corrected = True
-            self._start_collection(Reason.SPEED_CHANGED, soonest)
+            self._start_interlude(Reason.SPEED_CHANGED, soonest)
         elif self._is_speed_corrected and self._cool_iterations >= self._cool_patience:
             # A GPU that is asked for no more than heat allows does not show that it could do more again: try.
             self._cool_patience = min(2 * self._cool_patience, _MOST_COOL_PATIENCE)
             self._is_speed_corrected = False
-            self._start_collection(Reason.RECOVERED, soonest)
-        elif verdict is not None and verdict.is_slow:
-            if self._corrections < self._limits.max_corrections:
-                self._corrections += 1
-                self._start_collection(Reason.SLOWER, soonest)
-            else:
-                self._start_recheck(soonest)
+            self._start_interlude(Reason.RECOVERED, soonest)
+        elif self._interlude_is_due(verdict):
+            self._start_interlude(None, soonest)
         elif verdict is not None and self._watch is not None and self._watch.num_verdicts % 10 == 0:
             self._corrections = 0
+
+
+def _forget_before(of_iterations: dict[int, float], iteration: int) -> None:
+    for old in [i for i in of_iterations if i < iteration]:
+        del of_iterations[old]

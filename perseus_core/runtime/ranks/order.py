@@ -23,7 +23,7 @@ class Phase(Enum):
     COLLECT = "collect"
     SOLVE = "solve"
     RUN = "run"
-    RECHECK = "recheck"
+    INTERLUDE = "interlude"
     MEASURE_ONLY = "measure only"
     STEPPED_ASIDE = "stepped aside"
 
@@ -35,7 +35,6 @@ class Reason(Enum):
     SLOWER = "slower than allowed"
     SPEED_CHANGED = "a GPU changed its speed"
     RECOVERED = "a GPU may be as fast as before"
-    BASELINE_CHANGED = "the job itself has become slower"
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class Order:
         baseline: of the job, once it is measured.
         speaker: the rank that knows why all step aside, and says it; -1 for none.
         store_speaker: the rank that says so when the store is gone: not the one with which it goes.
+        interlude_until: in an interlude, the iteration from which plans run again.
         iterations_of_step: while profiling, how many iterations each clock is held; the first is discarded.
     """
 
@@ -82,6 +82,11 @@ class Order:
     speaker: int = -1
     store_speaker: int = 1
     iterations_of_step: int = 0
+    interlude_until: int = 0
+
+    def plans_run_in(self, iteration: int) -> bool:
+        """Whether an iteration from which this order holds runs a plan, if there is one for it."""
+        return self.phase is not Phase.INTERLUDE or iteration >= self.interlude_until
 
     @property
     def usual_microbatches(self) -> int:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from perseus_core.runtime.ranks.comparison import Interval, ratio
 from perseus_core.runtime.ranks.plan_summary import PlanSummary
+
+# So many interludes are remembered: what was long ago says nothing of now.
+_REMEMBERED = 8
 
 
 @dataclass(frozen=True)
@@ -15,46 +21,94 @@ class Verdict:
     Attributes:
         iterations: which.
         time_s: median time of one.
-        is_slow: it took longer than allowed by more than the tolerance, and so did the iterations judged before.
     """
 
     iterations: tuple[int, ...]
     time_s: float
-    is_slow: bool
+
+
+@dataclass(frozen=True)
+class Interlude:
+    """A few iterations without the plan, and those under it next to them.
+
+    Attributes:
+        planned: iterations right before it, and, once they are known, right after it.
+        unplanned: its iterations.
+    """
+
+    planned: tuple[int, ...]
+    unplanned: tuple[int, ...]
 
 
 @dataclass
 class PlanWatch:
-    """Collects the times of iterations under one plan and judges every `window` of them.
+    """Collects the times of iterations under one plan and beside it.
 
     Attributes:
         plan: which plan.
         window: iterations for a verdict.
-        tolerance: share by which the median may be above the limit.
         from_iteration: the first iteration that counts.
         num_verdicts: how many verdicts there were.
+        newest_planned: the last so many iterations under the plan.
+        interludes: the last ones.
     """
 
     plan: PlanSummary
     window: int
-    tolerance: float
     from_iteration: int
     num_verdicts: int = 0
-    _was_over: bool = False
+    newest_planned: deque[int] = field(default_factory=deque)
+    interludes: deque[Interlude] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _times_s: dict[int, float] = field(default_factory=dict)
+    _since_interlude: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        self.newest_planned = deque(maxlen=self.window)
+
+    @property
+    def allowed(self) -> float:
+        """How long an iteration may take, as a share of one without a plan."""
+        return self.plan.limit_time_s / self.plan.baseline_time_s
 
     def note(self, iteration: int, time_s: float) -> Verdict | None:
-        """Takes in one iteration."""
+        """Takes in one iteration under the plan."""
         if iteration < self.from_iteration:
             return None
+        self.newest_planned.append(iteration)
+        self._complete_interlude(iteration)
         self._times_s[iteration] = time_s
         if len(self._times_s) < self.window:
             return None
-        median_s = statistics.median(self._times_s.values())
-        is_over = median_s > self.plan.limit_time_s * (1 + self.tolerance)
-        # Once may be a disturbance from outside, which no other plan would help against.
-        verdict = Verdict(tuple(self._times_s), median_s, is_over and self._was_over)
-        self._was_over = is_over
+        verdict = Verdict(tuple(self._times_s), statistics.median(self._times_s.values()))
         self._times_s.clear()
         self.num_verdicts += 1
         return verdict
+
+    def end_interlude(self, unplanned: Sequence[int], next_iteration: int) -> None:
+        """An interlude was measured; the plan runs again, and counts from this iteration on."""
+        self.interludes.append(Interlude(tuple(self.newest_planned), tuple(unplanned)))
+        self._since_interlude = []
+        self._times_s.clear()
+        self.from_iteration = next_iteration
+
+    def compare(self, values: Mapping[int, float]) -> Interval | None:
+        """How much of something iterations take under the plan, as a share of what they take without.
+
+        Args:
+            values: by iteration, as far as known; above 0.
+        """
+        return ratio(
+            [
+                tuple([values[i] for i in part if i in values] for part in (each.planned, each.unplanned))  # type: ignore[misc]
+                for each in self.interludes
+            ]
+        )
+
+    def _complete_interlude(self, iteration: int) -> None:
+        if self._since_interlude is None:
+            return
+        self._since_interlude.append(iteration)
+        if len(self._since_interlude) == self.window:
+            last = self.interludes.pop()
+            self.interludes.append(Interlude((*last.planned, *self._since_interlude), last.unplanned))
+            self._since_interlude = None

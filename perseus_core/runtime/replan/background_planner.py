@@ -74,13 +74,14 @@ class BackgroundPlanner:
             self._planner.take_latencies(report.up_s, report.down_s)
             if reason is Reason.PROFILED:
                 self._take_profile(report, baseline)
-            elif reason is Reason.RECOVERED:
-                self._planner.forget_corrections()
-            elif reason is Reason.BASELINE_CHANGED:
-                self._planner.take_baseline(baseline, report.pipeline_time_s)
             else:
-                speed_changed = reason is Reason.SPEED_CHANGED
-                self._planner.correct(report.stretches, measured_time_s, speed_changed=speed_changed)
+                if reason is Reason.SPEED_CHANGED:
+                    self._planner.take_speeds(report.stretches)
+                elif reason is Reason.RECOVERED:
+                    self._planner.forget_corrections()
+                else:
+                    self._planner.correct(report.stretches, measured_time_s)
+                self._planner.take_baseline(baseline, report.pipeline_time_s)
             return self._new_plan()
 
         self._begin(task)

@@ -115,6 +115,7 @@ class JobPlanner:
         if traced is not None:
             self._traced = self._schedule_of(traced, job.baseline.num_microbatches)
         self.profile = self._unhurried_profile = fit_profile(job.profile, clocks_mhz=self._clocks_mhz)
+        self._margin_s = 0.0
         self._calibrate()
 
     def state(self, plan: PlanMessage) -> PlannerState:
@@ -132,43 +133,42 @@ class JobPlanner:
         self.take_latencies(state.plan.summary.up_s, state.plan.summary.down_s)
         return self._last_plan
 
-    def correct(self, stretches: Stretches, measured_time_s: float, *, speed_changed: bool) -> None:
-        """Takes in what was seen under the plan.
+    def correct(self, stretches: Stretches, measured_time_s: float) -> None:
+        """Takes in why a plan was late.
 
         Args:
             stretches: how much longer than planned instructions took.
             measured_time_s: of an iteration.
-            speed_changed: a GPU runs at another speed than before, so the job would be slower without us, too.
         """
         profile, plan = self._known_profile(), self._last_plan
         assert plan is not None, "only a plan that ran is corrected"
-        if speed_changed:
-            self.profile = self._unhurried_profile = corrected(profile, stretches)
-            self._baseline = all_max(self._problem(plan.summary.num_microbatches))
-        else:
-            # What ran faster than planned is no reason to go slower, when all are late.
-            slower = {which: replace(each, factor=max(1.0, each.factor)) for which, each in stretches.items()}
-            self.profile = corrected(profile, slower)
-            problem = self._problem(plan.summary.num_microbatches)
-            explained_s = problem.dag.iteration_time_s(_stretched(plan, stretches)) + problem.outside_time_s
-            self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.summary.promised_time_s))
+        # What ran faster than planned is no reason to go slower, when all are late.
+        slower = {which: replace(each, factor=max(1.0, each.factor)) for which, each in stretches.items()}
+        self.profile = corrected(profile, slower)
+        problem = self._problem(plan.summary.num_microbatches)
+        explained_s = problem.dag.iteration_time_s(_stretched(plan, stretches)) + problem.outside_time_s
+        self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.summary.promised_time_s))
+
+    def take_speeds(self, stretches: Stretches) -> None:
+        """GPUs run at another speed than they were profiled at, with a plan and without."""
+        self.profile = self._unhurried_profile = corrected(self._known_profile(), stretches)
 
     def take_baseline(self, baseline: Baseline, pipeline_time_s: float) -> None:
-        """The job without us is another than before, so a plan that was slower than allowed was not to blame.
+        """What the job without us is now.
 
         Args:
-            baseline: what it is now.
+            baseline: as measured.
             pipeline_time_s: as in `MeasuredJob`.
         """
         assert self.job is not None, "there are measurements"
         self.job = replace(self.job, baseline=baseline, pipeline_time_s=pipeline_time_s)
-        self.profile = self._unhurried_profile
         self._calibrate()
 
     def forget_corrections(self) -> None:
         """Back to what was measured in the first place."""
         assert self.job is not None, "there are measurements"
         self.profile = self._unhurried_profile = fit_profile(self.job.profile, clocks_mhz=self._clocks_mhz)
+        self._margin_s = 0.0
         self._calibrate()
 
     def plan(self, num_microbatches: int | None = None) -> PlanMessage:
@@ -240,8 +240,9 @@ class JobPlanner:
         """
         assert self.job is not None, "there are measurements"
         baseline = self.job.baseline
+        hurried, self.profile = self.profile, self._unhurried_profile
         self._time_scale = 1.0
-        self._latency_s = self._outside_time_s = self._outside_energy_j = self._margin_s = 0.0
+        self._latency_s = self._outside_time_s = self._outside_energy_j = 0.0
         instructions_s = all_max(self._problem(baseline.num_microbatches)).iteration_time_s
         self._time_scale = min(1.0, (self.job.pipeline_time_s or baseline.time_s) / instructions_s)
         problem = self._problem(baseline.num_microbatches)
@@ -253,6 +254,7 @@ class JobPlanner:
             self._outside_energy_j = max(0.0, baseline.energy_j - unlocked.energy_j)
         unlocked = all_max(self._problem(baseline.num_microbatches))
         self._baseline = replace(unlocked, iteration_time_s=baseline.time_s)
+        self.profile = hurried
 
     def _problem(self, num_microbatches: int) -> PipelineProblem:
         assert self.job is not None, "there are measurements"

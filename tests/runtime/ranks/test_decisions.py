@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ LIMITS = Limits(
     measure_only=False,
     warmup_iterations=1,
     baseline_iterations=2,
-    watch_iterations=2,
+    watch_iterations=3,
     tolerance=0.01,
     max_corrections=2,
 )
@@ -116,6 +117,14 @@ class Job:
         if num_microbatches == 8:
             self.decisions.begin_watching(plan(number, limit_s))
         self.iterate()
+
+    def interlude(self, **of_all: Any) -> Conclusions:
+        """The iterations without a plan that were decided on; in the first one clocks still change."""
+        assert self.decisions.phase is Phase.INTERLUDE
+        while self.iteration <= self.decisions.from_iteration:
+            self.iterate(span_s=5.0)
+        assert self.iterate(**of_all).verdicts == ()
+        return self.iterate(**of_all)
 
     def _of_all_alike(self, told: Records) -> Records:
         """The same from all ranks that are like those that told it."""
@@ -302,90 +311,114 @@ def test_where_a_clock_cannot_be_set_the_baseline_is_all_there_is() -> None:
 
 
 def test_a_plan_that_is_too_slow_is_corrected_a_few_times_and_then_dropped() -> None:
-    """The promise of no slowdown is kept by measurement."""
+    """The promise of no slowdown is kept by measurement, beside iterations without the plan of the same minutes."""
     job = profiled_job()
     for number in (2, 3):
         for _ in range(3):
+            assert job.decisions.phase is Phase.RUN
             job.iterate(span_s=1.1)
-        conclusions = job.iterate(span_s=1.1)
-        assert conclusions.verdicts[-1].is_slow
+        job.interlude()
         assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.SLOWER)
+        assert str(job.decisions.time_ratio()) == "+10.00 % (+10.00 to +10.00)"
         assert job.collect().collect_now
         job.run_plan(number)
-    for _ in range(4):
+    for _ in range(3):
         job.iterate(span_s=1.1)
-    assert job.decisions.phase is Phase.RECHECK
-    job.iterate(span_s=1.1)  # clocks change
-    for _ in range(2):
-        assert job.decisions.phase is Phase.RECHECK
-        job.iterate(span_s=1.0)
+    job.interlude()
     assert (job.decisions.phase, job.decisions.plan) == (Phase.MEASURE_ONLY, 0)
     job.offered = 4
     job.change_state(received=4)
     assert job.iterate().applied == 0, "for good"
 
 
-def test_iterations_before_the_recheck_is_in_force_do_not_count_for_it() -> None:
-    """They ran under the plan."""
-    job = profiled_job(limits=replace(LIMITS, max_corrections=0))
-    for iteration in range(job.iteration, job.iteration + 4):
-        job.tell(*job.times(iteration, span_s=1.1))
-    job.decisions.conclude(soonest=job.iteration + 10, offered=1)
-    assert job.decisions.phase is Phase.RECHECK
-    for iteration in range(job.iteration + 4, job.iteration + 11):
-        job.tell(*job.times(iteration, span_s=1.1))
-        job.decisions.conclude(soonest=iteration + 10, offered=1)
-    assert job.decisions.phase is Phase.RECHECK
-
-
-def test_a_job_that_became_slower_by_itself_keeps_plans() -> None:
-    """What it is without a plan now is the baseline from then on, and the plans after it are judged by that."""
+def test_iterations_before_an_interlude_is_in_force_count_for_the_plan() -> None:
+    """They ran under it, and so does all that follows the interlude, whenever rank 0 hears of it."""
     job = profiled_job()
-    for number in (2, 3):
-        for _ in range(4):
-            job.iterate(span_s=1.1)
-        job.collect()
-        job.run_plan(number)
-    for _ in range(4 + 1):
+    for iteration in range(job.iteration, job.iteration + 3):
+        job.tell(*job.times(iteration, span_s=1.02))
+    begin = job.iteration + 13
+    job.decisions.conclude(soonest=begin, offered=1)
+    assert (job.decisions.phase, job.decisions.from_iteration) == (Phase.INTERLUDE, begin)
+    assert job.decisions.interlude_until == begin + 3
+    for iteration in range(job.iteration + 3, begin + 20):
+        span_s = 9.0 if iteration in (begin, begin + 3) else 1.0 if begin < iteration < begin + 3 else 1.02
+        job.tell(*job.times(iteration, span_s=span_s))
+    job.decisions.conclude(soonest=begin + 30, offered=1)
+    assert job.decisions.phase is Phase.COLLECT
+    assert job.decisions.baseline is not None
+    assert job.decisions.baseline.time_s == 1.0
+    assert str(job.decisions.time_ratio()) == "+2.00 % (+2.00 to +2.00)"
+
+
+def test_a_job_that_became_slower_by_itself_keeps_its_plan() -> None:
+    """What it is without a plan now is the baseline from then on."""
+    job = profiled_job()
+    for _ in range(3):
         job.iterate(span_s=1.1)
-    for _ in range(2):
-        job.iterate(span_s=1.0625, energy_j=110.0)
-    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.BASELINE_CHANGED)
-    assert job.decisions.baseline == Baseline(8, 1.0625, 220.0)
+    job.interlude(span_s=1.0625, energy_j=110.0)
+    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.SLOWER), "by more than that"
     job.collect()
-    job.run_plan(4, limit_s=1.0625)
-    for _ in range(20):
-        job.iterate(span_s=1.0625)
-    assert (job.decisions.phase, job.decisions.plan) == (Phase.RUN, 4)
+    job.run_plan(2, limit_s=1.0625)
+    for _ in range(3):
+        job.iterate(span_s=1.125)
+    job.interlude(span_s=1.125, energy_j=115.0)
+    assert job.decisions.baseline == Baseline(8, 1.125, 230.0)
+    for _ in range(30):
+        job.iterate(span_s=1.125)
+    assert (job.decisions.phase, job.decisions.plan) == (Phase.RUN, 2)
 
 
-def test_a_plan_within_the_tolerance_is_left_alone() -> None:
-    """Noise is no reason to plan again, and neither is one disturbance."""
+def test_what_is_within_the_tolerance_or_the_noise_is_left_alone() -> None:
+    """Noise is no reason to plan again, and neither is one disturbance; what looks late is looked at more closely."""
     job = profiled_job()
-    for _ in range(20):
+    noisy = itertools.cycle([0.97, 1.06, 1.03, 0.98, 1.06])
+    for _ in range(3):
         job.iterate(span_s=1.009)
-    for _ in range(2):
-        job.iterate(span_s=1.2)
-    for _ in range(2):
+    job.interlude()
+    for _ in range(8):
+        job.iterate(span_s=next(noisy))
+    interludes = 0
+    for _ in range(60):
+        if job.decisions.phase is Phase.INTERLUDE:
+            interludes += 1
+            job.interlude(span_s=next(noisy))
+        assert job.decisions.phase is Phase.RUN
+        job.iterate(span_s=next(noisy))
+    assert interludes > 1
+
+
+def test_interludes_come_again_and_again() -> None:
+    """Three iterations in two hundred, whatever the plan does: a job drifts."""
+    job = profiled_job()
+    phases = []
+    for _ in range(1000):
         job.iterate()
-    assert job.decisions.phase is Phase.RUN
+        phases.append(job.decisions.phase)
+    begins = [i for i, (a, b) in enumerate(itertools.pairwise(phases)) if a is not b and b is Phase.INTERLUDE]
+    assert len(begins) == 5
+    assert all(200 <= b - a <= 210 for a, b in itertools.pairwise(begins))
+    assert set(phases) == {Phase.RUN, Phase.INTERLUDE}
 
 
 def test_corrections_that_helped_for_long_do_not_count_against_the_plan() -> None:
     """Ten verdicts within the limit, and it may be corrected as often as at first."""
     job = profiled_job()
     for number in (2, 3, 4, 5, 6):
-        for _ in range(4):
+        for _ in range(3):
             job.iterate(span_s=1.1)
+        job.interlude()
         assert job.decisions.phase is Phase.COLLECT, number
         job.collect()
         job.run_plan(number)
-        for _ in range(20):
+        for _ in range(3):
+            job.iterate()
+        job.interlude()
+        for _ in range(1 + 27):
             job.iterate()
 
 
 def test_a_throttled_gpu_is_seen_in_the_next_round_and_planned_for_after_three_iterations() -> None:
-    """One iteration is worth a log line; a new plan takes some in a row."""
+    """One iteration is worth a log line; a new plan takes some in a row, and the job as it is without one."""
     job = profiled_job()
     conclusions = job.iterate(hot)
     assert conclusions.slow_rank is not None
@@ -394,7 +427,9 @@ def test_a_throttled_gpu_is_seen_in_the_next_round_and_planned_for_after_three_i
     assert job.iterate(hot).slow_rank is None, "it is said once"
     assert job.decisions.phase is Phase.RUN
     job.iterate(hot)
+    job.interlude(span_s=1.25)
     assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.SPEED_CHANGED)
+    assert job.decisions.baseline == Baseline(8, 1.25, 200.0)
 
 
 def test_a_gpu_that_is_hot_while_a_plan_is_made_is_seen_anew_under_it() -> None:
@@ -402,11 +437,12 @@ def test_a_gpu_that_is_hot_while_a_plan_is_made_is_seen_anew_under_it() -> None:
     job = profiled_job()
     for _ in range(3):
         job.iterate(hot)
+    job.interlude()
     job.collect()
     for _ in range(20):
         job.iterate(hot)
     job.run_plan(2)
-    for _ in range(3):
+    for _ in range(2):
         assert job.decisions.phase is Phase.RUN
         job.iterate(lambda rank, told: told._replace(seen_s=1.0, expected_s=1.0))
     assert (job.decisions.phase, job.decisions.slow_ranks) == (Phase.RUN, ())
@@ -427,9 +463,10 @@ def test_a_gpu_that_has_cooled_down_is_tried_again() -> None:
     job = profiled_job()
     for _ in range(3):
         job.iterate(seen_s=1.3, expected_s=1.0, throttled=True)
+    job.interlude(throttled=True)
     job.collect()
     job.run_plan(2)
-    for _ in range(12):
+    for _ in range(16):
         job.iterate()
     assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.RECOVERED)
 
@@ -561,8 +598,9 @@ def test_a_plan_for_another_number_of_microbatches_is_not_the_one_to_be_judged()
     job.run_plan(2, num_microbatches=4)
     verdicts = [job.iterate(num_microbatches=4, span_s=9.0).verdicts for _ in range(4)]
     assert verdicts == [()] * 4
-    judged = [job.iterate(span_s=1.1).verdicts for _ in range(4)]
-    assert [verdict.is_slow for verdicts in judged for verdict in verdicts] == [False, True]
+    (judged,) = [verdict for _ in range(3) for verdict in job.iterate(span_s=1.125).verdicts]
+    assert judged.time_s == 1.125
+    assert job.decisions.phase is Phase.INTERLUDE
 
 
 def test_a_plan_is_applied_when_the_one_that_runs_is_another() -> None:
@@ -574,7 +612,7 @@ def test_a_plan_is_applied_when_the_one_that_runs_is_another() -> None:
 
 
 def _story(job: Job) -> list[tuple[Any, ...]]:
-    """What is decided while a job is measured, planned, throttled, corrected, rechecked and ended."""
+    """What is decided while a job is measured, planned, throttled, corrected and ended."""
     seen: list[tuple[Any, ...]] = []
 
     def look(conclusions: Conclusions) -> None:
@@ -599,19 +637,19 @@ def _story(job: Job) -> list[tuple[Any, ...]]:
     look(job.conclude())
     look(job.collect())
     job.run_plan()
-    for _ in range(4):
+    for _ in range(3):
         look(job.iterate(hot))
+    look(job.interlude(span_s=1.2))
     look(job.collect())
     job.run_plan(2)
     for number in (3, 4):
-        for _ in range(4):
-            look(job.iterate(span_s=1.1))
+        for _ in range(3):
+            look(job.iterate(span_s=1.4))
+        look(job.interlude(span_s=1.06, energy_j=71.9))
         look(job.collect())
         job.run_plan(number)
-    for _ in range(4 + 1):
-        look(job.iterate(span_s=1.1))
     for _ in range(3):
-        look(job.iterate(span_s=1.06, energy_j=71.9))
+        look(job.iterate(span_s=1.1))
     job.change_state(2, failed=True)
     look(job.iterate())
     return seen
