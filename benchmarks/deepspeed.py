@@ -1,6 +1,6 @@
 """What the DeepSpeed adapter costs, and what real DeepSpeed jobs save on simulated GPUs beside what was promised.
 
-    python -m benchmarks.deepspeed [--runs 3] [--time-scale 0.5] [--iterations 90] [--only cost|pp4|pp2xdp2]
+    python -m benchmarks.deepspeed [--runs 3] [--time-scale 0.5] [--most-iterations 400] [--only cost|pp4|pp2xdp2]
 
 The cost is that of a hooked pass around a session that does nothing, above the pass alone. The jobs are those of the
 demonstration, in both layouts; energies are the simulated GPUs' own, exact ones.
@@ -19,7 +19,7 @@ CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 8,
     "steps_per_print": 100_000,
-    "perseus": {"enabled": True, "profile_cache": "off", "log_interval": 0},
+    "perseus": {"enabled": True, "profile_cache": "off", "log_interval": 0, "interlude_interval": 20},
 }
 LAYOUTS = {"pp4": 4, "pp2xdp2": 2}
 
@@ -38,7 +38,7 @@ def main() -> None:
                     time_scale=arguments.time_scale,
                     config=CONFIG,
                     module="demo.train_gpt",
-                    training=["--iterations", str(arguments.iterations)],
+                    training=["--most-iterations", str(arguments.most_iterations)],
                 )
                 for seed in range(arguments.runs)
             ],

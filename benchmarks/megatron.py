@@ -1,6 +1,6 @@
 """What the Megatron adapter costs, and what real Megatron jobs save on simulated GPUs beside what was promised.
 
-    python -m benchmarks.megatron [--runs 3] [--time-scale 0.5] [--iterations 90] [--only cost|pp4|...]
+    python -m benchmarks.megatron [--runs 3] [--time-scale 0.5] [--most-iterations 400] [--only cost|pp4|...]
 
 The cost is that of a hooked pass around a session that does nothing, above the pass alone. The jobs are those of the
 demonstration; energies are the simulated GPUs' own, exact ones. Interleaved, a chunk's passes are half as long, so the
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.jobs import IdleSession, parse_arguments, print_runs, run_job
 
-BLOCK = {"enabled": True, "profile_cache": "off", "log_interval": 0}
+BLOCK = {"enabled": True, "profile_cache": "off", "log_interval": 0, "interlude_interval": 20}
 # Stages, chunks, and GPUs that share experts.
 LAYOUTS = {"pp4": (4, 1, 1), "pp4vpp2": (4, 2, 1), "dp2xpp2": (2, 1, 1), "pp2vpp2ep2": (2, 2, 2)}
 
@@ -28,7 +28,7 @@ def main() -> None:
         print(f"hook on one pass, above the pass alone: forward {forward_us:.2f} us, backward {backward_us:.2f} us")
     for layout in LAYOUTS if arguments.only is None else LAYOUTS.keys() & {arguments.only}:
         stages, chunks, expert_parallel = LAYOUTS[layout]
-        training = ["--iterations", str(arguments.iterations), "--chunks", str(chunks)]
+        training = ["--most-iterations", str(arguments.most_iterations), "--chunks", str(chunks)]
         training += ["--expert-parallel", str(expert_parallel), "--microbatches", str(8 // chunks)]
         print_runs(
             layout,

@@ -40,6 +40,9 @@ def arguments_parser(module: str, description: str | None, *, config: str, outpu
     parser.add_argument("--gpus", type=Path, default=REPOSITORY / "configs" / "gpus" / "a100.json")
     parser.add_argument("--time-scale", type=float, default=0.5, help="shortens the GPUs' times, so the demo is quick")
     parser.add_argument("--text", type=Path, default=REPOSITORY / "LICENSE", help="what the model learns")
+    parser.add_argument(
+        "--most-iterations", type=int, default=400, help="it ends before, when a plan has shown what it saves"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path(output))
     return parser
 
@@ -87,7 +90,8 @@ def run_and_report(
         laps.mkdir(exist_ok=True)
         for old in laps.glob("*.json"):
             old.unlink()
-        common = ["--laps", str(laps), "--text", str(arguments.text), "--iterations", str(arguments.iterations)]
+        common = ["--laps", str(laps), "--text", str(arguments.text), "--most-iterations"]
+        common.append(str(arguments.most_iterations))
         if not train([*common, *training], gpus, module):
             print("\nThe training did not end well; the lines above say why.", file=sys.stderr)
             return False

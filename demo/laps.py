@@ -1,4 +1,4 @@
-"""What each iteration of the demonstration took, and in which phase: one file a rank, for `demo/report.py`.
+"""What each iteration of the demonstration took, and what ran it: one file a rank, for `demo/report.py`.
 
 The energy is the simulated GPU's exact one, which no session sees: an independent check of what the session says.
 """
@@ -13,7 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perseus_core.gpu.simulated import open_node
+
+# Iterations under the newest plan that are worth a comparison: with interludes without it before, between and after.
+_ENOUGH = 40
 
 
 class Laps:
@@ -47,10 +52,27 @@ class Laps:
                 "loss": loss,
                 "phase": status.phase.value if status else "not followed",
                 "plan": status.plan if status else 0,
+                "follows_plan": bool(status and status.follows_plan),
                 "promised_saving": status.promised_saving if status else 0.0,
             }
         )
         self._last_s, self._last_j = now_s, now_j
+
+    def are_enough(self, most: int) -> bool:
+        """Whether there is something to show, on all ranks alike: rank 0 says so.
+
+        A plan has run for a while, or was given up.
+
+        Args:
+            most: laps after which it is enough in any case.
+        """
+        laps = self._laps
+        newest = laps[-1]["plan"] if laps else 0
+        under_it = sum(lap["follows_plan"] and lap["plan"] == newest for lap in laps)
+        given_up = any(lap["plan"] for lap in laps) and laps[-1]["phase"] in ("measure only", "stepped aside")
+        enough = torch.tensor([int(len(laps) >= most or under_it >= _ENOUGH or given_up)])
+        torch.distributed.broadcast(enough, 0)
+        return bool(enough.item())
 
     def close(self) -> None:
         """Writes the file."""

@@ -22,8 +22,8 @@ from perseus_core.report.save import save_figure
 from perseus_core.report.timeline_figure import draw_before_and_after
 from perseus_core.runtime.settings import Settings
 
-# After a change of plan the first iteration still has clocks of the last one in it.
-SETTLING = 2
+# Iterations of less than two interludes say little of what the job is without a plan.
+_ENOUGH_WITHOUT = 4
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def report(output: Path, settings: Settings, *, seconds: float) -> dict[str, Any
         InputError: if the job ended before a plan was measured.
     """
     ranks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "laps").glob("rank*.json"))]
-    before = measured(ranks, lambda lap: lap["phase"] == "warm up")
-    after = measured(ranks, lambda lap: lap["plan"] > 0, skip=SETTLING)
+    before, after = without_and_under_the_plan(ranks)
     status, laps = ranks[0]["status"], ranks[0]["laps"]
     figures = _draw(output, settings)
     content = {
@@ -71,6 +70,7 @@ def report(output: Path, settings: Settings, *, seconds: float) -> dict[str, Any
         "profiling_iterations": status["profiling_iterations"],
         "iterations_before": before.iterations,
         "iterations_after": after.iterations,
+        "given_up": laps[-1]["phase"] == "measure only",
         "loss_first": laps[0]["loss"],
         "loss_last": laps[-1]["loss"],
         "seconds": seconds,
@@ -80,20 +80,41 @@ def report(output: Path, settings: Settings, *, seconds: float) -> dict[str, Any
     return content
 
 
-def measured(ranks: list[dict[str, Any]], chosen: Callable[[dict[str, Any]], bool], *, skip: int = 0) -> Measured:
-    """What the iterations took that are chosen on all ranks.
+def without_and_under_the_plan(ranks: list[dict[str, Any]]) -> tuple[Measured, Measured]:
+    """What iterations took without a plan, in interludes if there were enough, and under the newest plan.
+
+    A busy machine is not as fast now as it was when the job began. The first iteration after any change does not count:
+    clocks may still change in it.
+
+    Args:
+        ranks: what `Laps` wrote for each.
 
     Raises:
-        InputError: if there are none.
+        InputError: if the job ended before a plan was measured.
     """
+    newest = max(lap["plan"] for lap in ranks[0]["laps"])
+    under_plan = _measured(ranks, lambda lap: lap["follows_plan"] and lap["plan"] == newest)
+    interludes = _measured(ranks, lambda lap: lap["plan"] == newest > 0 and not lap["follows_plan"])
+    without = interludes
+    if without is None or without.iterations < _ENOUGH_WITHOUT:
+        without = _measured(ranks, lambda lap: lap["phase"] == "warm up")
+    if under_plan is None or without is None:
+        raise InputError("the job ended before there was anything to compare; give it more --most-iterations")
+    return without, under_plan
+
+
+def _measured(ranks: list[dict[str, Any]], chosen: Callable[[dict[str, Any]], bool]) -> Measured | None:
+    """What the iterations took that are chosen on all ranks, as the one before each is; None if there are none."""
     num_pipelines = 1 + max(rank["pipeline"] for rank in ranks)
-    iterations = [laps for laps in zip(*(rank["laps"] for rank in ranks), strict=True) if all(map(chosen, laps))][skip:]
-    if not iterations:
-        raise InputError("the job ended before there was anything to compare; give it more --iterations")
+    laps = list(zip(*(rank["laps"] for rank in ranks), strict=True))
+    are_chosen = [all(map(chosen, of_all)) for of_all in laps]
+    kept = [of_all for of_all, before, now in zip(laps[1:], are_chosen, are_chosen[1:], strict=False) if before and now]
+    if not kept:
+        return None
     return Measured(
-        len(iterations),
-        statistics.median(max(lap["time_s"] for lap in laps) for laps in iterations),
-        statistics.median(sum(lap["energy_j"] for lap in laps) / num_pipelines for laps in iterations),
+        len(kept),
+        statistics.median(max(lap["time_s"] for lap in of_all) for of_all in kept),
+        statistics.median(sum(lap["energy_j"] for lap in of_all) / num_pipelines for of_all in kept),
     )
 
 
@@ -129,6 +150,8 @@ def _print(content: dict[str, Any], output: Path, figures: list[str]) -> None:
     console = Console()
     console.print()
     console.print(table)
+    if content["given_up"]:
+        console.print("The plan was given up, because without it iterations are faster: the lines above say when.")
     console.print(
         f"The plan is within {100 * content['gap']:.2f} % of the best possible; solved in {content['solve_s']:.2g} s "
         f"after {content['profiling_iterations']} iterations of profiling; all in {content['seconds']:.0f} s."

@@ -11,7 +11,6 @@ from perseus_core.files import write_text
 def main() -> int:
     """Runs the job and reports."""
     parser = job.arguments_parser("demo.run", __doc__, config="ds_config.json", output="demo-output")
-    parser.add_argument("--iterations", type=int, default=90)
     arguments = job.parse(parser)
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)

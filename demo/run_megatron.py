@@ -19,7 +19,6 @@ def main() -> int:
         "demo.run_megatron", __doc__, config="megatron_perseus.json", output="demo-output/megatron"
     )
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--iterations", type=int, default=70, help="of each job")
     arguments = job.parse(parser)
     for chunks, output in ((1, arguments.output), (2, arguments.output / "interleaved")):
         if not _run(arguments, chunks, output):

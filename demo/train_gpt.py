@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--laps", type=Path, required=True, help="folder for what each iteration took")
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--iterations", type=int, default=90)
+    parser.add_argument("--most-iterations", type=int, default=400)
     arguments = parser.parse_args()
 
     on_cpu = not torch.cuda.is_available()
@@ -51,7 +51,7 @@ def main() -> None:
 
     pipeline = engine.grid.get_data_parallel_id()
     laps = Laps(arguments.laps, lambda: session_of(engine), stage=engine.stage_id, pipeline=pipeline)
-    for _ in range(arguments.iterations):
+    while not laps.are_enough(arguments.most_iterations):
         laps.add(engine.train_batch(data).item())
     laps.close()
 

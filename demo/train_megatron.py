@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=1, help="model chunks of a stage; 2 and more interleave")
     parser.add_argument("--expert-parallel", type=int, default=1, help="GPUs that share experts; needs several chunks")
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--iterations", type=int, default=90)
+    parser.add_argument("--most-iterations", type=int, default=400)
     arguments = parser.parse_args()
 
     on_cpu = not torch.cuda.is_available()
@@ -52,7 +52,7 @@ def main() -> None:
         stage=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline=parallel_state.get_data_parallel_rank(),
     )
-    for _ in range(arguments.iterations):
+    while not laps.are_enough(arguments.most_iterations):
         with followed.step():
             loss = training.step(arguments.microbatches)
         laps.add(mean_of_last_stage(loss))

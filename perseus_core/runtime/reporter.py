@@ -71,6 +71,7 @@ class SessionStatus:
         progress: of profiling, in words.
         baseline_time_s, baseline_energy_j: of an iteration without us; 0 while not known.
         plan: number of the plan in force, 0 for none.
+        follows_plan: whether the iteration that began last runs at its clocks: not in an interlude.
         promised_saving: share of the energy it should save.
         promised_slowdown: share by which it should be slower.
         gap: how far it is from the best possible at most.
@@ -88,6 +89,7 @@ class SessionStatus:
     baseline_time_s: float = 0.0
     baseline_energy_j: float = 0.0
     plan: int = 0
+    follows_plan: bool = False
     promised_saving: float = 0.0
     promised_slowdown: float = 0.0
     gap: float = 0.0

@@ -238,6 +238,7 @@ class Session:
             0.0 if baseline is None else baseline.time_s,
             0.0 if baseline is None else baseline.energy_j,
             0 if plan is None else plan.number,
+            self._stage_plan is not None,
             0.0 if plan is None else plan.saving,
             0.0 if plan is None else plan.slowdown,
             0.0 if plan is None else plan.gap,
