@@ -234,7 +234,6 @@ class Decisions:
             _forget_before(self._time_of, iteration - _REMEMBERED_ITERATIONS)
         self._newest = iteration
         if self._is_unplanned(iteration):
-            self._speeds.skip()
             return
         if self._watch is None or iteration >= self._watch.from_iteration:
             slow = self._speeds.note(iteration, times["seen_s"], times["expected_s"], times["throttled"])
@@ -337,6 +336,8 @@ class Decisions:
         self._enter(Phase.RUN, self.interlude_until)  # as it does already
         self._interlude_ended = self.interlude_until
         assert self._watch is not None, "a plan was judged"
+        if self._speeds.has_changed:  # before the interlude, and nobody has reacted yet
+            self._take_speed_change()
         if unplanned:
             if self._interlude_for is not None:
                 self._watch.interludes.clear()  # GPUs were faster, or slower, then
@@ -346,6 +347,11 @@ class Decisions:
             self._start_collection(self._interlude_for, soonest)
         else:
             self._judge(soonest)
+
+    def _take_speed_change(self) -> None:
+        self._speeds.react()
+        self._is_speed_corrected = True
+        self._interlude_for = Reason.SPEED_CHANGED
 
     def _renew_baseline(self) -> None:
         """From the last interludes."""
@@ -396,8 +402,7 @@ class Decisions:
     def _react(self, soonest: int, conclusions: Conclusions) -> None:
         verdict = conclusions.verdicts[-1] if conclusions.verdicts else None
         if self._speeds.has_changed:
-            self._speeds.react()
-            self._is_speed_corrected = True
+            self._take_speed_change()
             self._start_interlude(Reason.SPEED_CHANGED, soonest)
         elif self._is_speed_corrected and self._cool_iterations >= self._cool_patience:
             # A GPU that is asked for no more than heat allows does not show that it could do more again: try.

@@ -432,6 +432,22 @@ def test_a_throttled_gpu_is_seen_in_the_next_round_and_planned_for_after_three_i
     assert job.decisions.baseline == Baseline(8, 1.25, 200.0)
 
 
+def test_a_gpu_that_gets_hot_before_an_interlude_needs_no_other() -> None:
+    """What the job is without a plan is known then."""
+    job = profiled_job()
+    for _ in range(2):
+        job.iterate()
+    job.tell(*job.times(job.iteration, hot))
+    job.iteration += 1
+    job.decisions.conclude(soonest=job.iteration + 4, offered=1)
+    assert job.decisions.phase is Phase.INTERLUDE
+    for _ in range(4):
+        job.iterate(hot)
+    job.interlude(span_s=1.25)
+    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.SPEED_CHANGED)
+    assert job.decisions.baseline == Baseline(8, 1.25, 200.0)
+
+
 def test_a_gpu_that_is_hot_while_a_plan_is_made_is_seen_anew_under_it() -> None:
     """What is expected is another thing then; iterations of the way there count for neither."""
     job = profiled_job()
