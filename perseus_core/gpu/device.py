@@ -19,8 +19,13 @@ class ThrottleReason(Flag):
 
     @property
     def slows_training(self) -> bool:
-        """Whether power or heat holds the clock down: the signs of a straggler."""
-        return bool(self & (ThrottleReason.POWER_CAP | ThrottleReason.THERMAL | ThrottleReason.POWER_BRAKE))
+        """Whether power or heat holds the clock down."""
+        return bool(self & ThrottleReason.POWER_CAP) or self.is_trouble
+
+    @property
+    def is_trouble(self) -> bool:
+        """Whether heat or a power brake does: signs of a straggler, as the power limit at full load is not."""
+        return bool(self & (ThrottleReason.THERMAL | ThrottleReason.POWER_BRAKE))
 
 
 class Device(Protocol):

@@ -180,6 +180,7 @@ def _planner(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], threads:
         cache=cache,
         state_file=settings.state_file,
         known_profile=None if cache is None or settings.measure_only else cache.load(job.key),
+        profile_clocks=settings.profile_clocks,
         restored=None if settings.measure_only else restored,
     )
 

@@ -135,6 +135,16 @@ def test_a_throttled_gpu_is_planned_for_by_all() -> None:
     assert job.cluster.session(0).status().baseline_time_s > 1.02 * before_s, "what it is now, as measured"
 
 
+def test_a_gpu_at_its_power_limit_is_no_trouble() -> None:
+    """At full load it always is."""
+    job = Job(pipelines=1, tensor_parallel=1)
+    for rank in job.cluster.ranks:
+        rank.gpu.capped_from_mhz = 1200
+    job.run_until_plan(1, iterations_under_it=40)
+    assert job.cluster.session(0).status().plan == 1
+    assert job.said("holds its clock down") == job.said("planning anew") == 0
+
+
 def test_a_slower_pipeline_elsewhere_is_planned_for() -> None:
     """T' is told on any rank."""
     job = Job()

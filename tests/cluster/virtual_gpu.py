@@ -114,6 +114,7 @@ class VirtualGpu:
         on_change: called when instructions begin to take another time.
         lock_call_s: how long a call that sets the clock takes.
         num_lock_calls: how many were made.
+        capped_from_mhz: at this clock and above it says that it is at its power limit.
     """
 
     counts_energy = True
@@ -136,6 +137,7 @@ class VirtualGpu:
         self.lock_call_s = 0.01
         self.num_lock_calls = 0
         self.slowdown = 1.0
+        self.capped_from_mhz: float = math.inf
         self.model = model
         self._work = work
         self._random = random_numbers
@@ -206,7 +208,9 @@ class VirtualGpu:
 
     def throttle_reasons(self) -> ThrottleReason:
         """See `Device`."""
-        return ThrottleReason.THERMAL if self._highest_clock > self._set_clock else ThrottleReason.NONE
+        reasons = ThrottleReason.THERMAL if self._highest_clock > self._set_clock else ThrottleReason.NONE
+        is_capped = self.capped_from_mhz <= self.model.clocks_mhz[self._clock]
+        return reasons | ThrottleReason.POWER_CAP if is_capped else reasons
 
     # What its work takes
 

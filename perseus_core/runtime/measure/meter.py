@@ -10,7 +10,7 @@ from statistics import median
 
 import numpy as np
 
-from perseus_core.gpu.device import Device
+from perseus_core.gpu.device import Device, ThrottleReason
 from perseus_core.planning.schedule import InstructionType, Kind
 from perseus_core.runtime.measure.recorder import MeasuredIteration, Recorder, Step
 from perseus_core.runtime.measure.sampler import CounterReading, EnergySampler
@@ -23,6 +23,8 @@ from perseus_core.runtime.side_threads import SideThreads
 _READINGS_BEFORE_S = 2.0
 _REMEMBERED_ITERATIONS = 16
 _ENOUGH_UNLOCKED = 2
+# At the power limit for so much more of an iteration, as a share, than without us: something else is wrong.
+_MORE_CAPPED = 0.3
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class IterationTiming:
         span_s: from its begin to its end.
         seen_s: sum of its instructions' durations.
         expected_s: what that sum should be; 0 if nothing is expected.
-        throttled: power or heat held the clock down.
+        throttled: heat, a power brake, or the power limit more than usual, held the clock down.
     """
 
     iteration: int
@@ -70,6 +72,7 @@ class Meter:
         # Microbatches and pipeline time of iterations at unlocked clocks, the last two stretches of them.
         self._unlocked: deque[list[tuple[int, float]]] = deque([[]], maxlen=2)
         self._was_unlocked = True
+        self._usually_capped = 0.0  # share of an unlocked iteration at the power limit
 
     def start(self) -> None:
         """Starts to sample the energy counter."""
@@ -209,11 +212,21 @@ class Meter:
         self._sweep.add_iteration(measured.iteration, measured.record.expectation.held_mhz, readings)
 
     def _is_throttled(self, measured: MeasuredIteration) -> bool:
+        """Whether heat, a power brake, or the power limit more than usual, held the clock down.
+
+        A GPU that works as hard as it can is at its power limit: an H100 at full load always is.
+        """
         if self._sampler is None:
             return False
         readings = self._sampler.between(measured.iteration.begin_s, measured.iteration.end_s)
-        reasons = {reading.throttle for reading in readings}  # mostly one
-        return any(reason.slows_training for reason in reasons)
+        if any(reason.is_trouble for reason in {reading.throttle for reading in readings}):  # mostly one
+            return True
+        capped = sum(ThrottleReason.POWER_CAP in reading.throttle for reading in readings) / max(1, len(readings))
+        expectation = measured.record.expectation
+        if not expectation.plan and expectation.held_mhz is None:
+            self._usually_capped = max(self._usually_capped, capped)
+            return False
+        return capped > self._usually_capped + _MORE_CAPPED
 
     def _count(self, measured: MeasuredIteration) -> bool:
         """Finds the energy of an iteration once the counter has moved beyond its end; returns whether it is settled."""

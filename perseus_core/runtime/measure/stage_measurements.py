@@ -204,6 +204,14 @@ class JobMeasurements:
     down_s: float = 0.0
 
     @property
+    def num_clocks(self) -> int:
+        """How many clocks were measured, on the stage that has fewest."""
+        clocks_of: dict[int, set[int]] = {}
+        for measurement in self.profile.measurements:
+            clocks_of.setdefault(measurement.type.stage, set()).add(measurement.clock_mhz)
+        return min(map(len, clocks_of.values()))
+
+    @property
     def blocking_power_w(self) -> tuple[float, ...]:
         """One blocking power for each stage, in the middle of the measured clocks."""
         return tuple(b.power_w for b in self.blocking)

@@ -39,9 +39,10 @@ class BackgroundPlanner:
         cache: ProfileCache | None = None,
         state_file: str = "",
         known_profile: JobMeasurements | None = None,
+        profile_clocks: int = 2,
         restored: PlannerState | None = None,
     ) -> None:
-        """From now on the planner is for the tasks only, which `threads` runs."""
+        """From now on the planner is for the tasks only, which `threads` runs; sweeps measure `profile_clocks`."""
         self.known_profile = known_profile
         self.restored = restored
         self._job = job
@@ -49,6 +50,7 @@ class BackgroundPlanner:
         self._threads = threads
         self._cache = cache
         self._state_file = state_file
+        self._profile_clocks = profile_clocks
         self._lock = threading.Lock()  # of what follows
         self._working: deque[Future[PlanMessage | None]] = deque()
         self._plans: dict[int, PlanMessage] = {}
@@ -138,12 +140,24 @@ class BackgroundPlanner:
             save_state(self._state_file, self._job.key, self._planner.state(plan))
         return plan
 
+    def _keep(self, measured: JobMeasurements) -> None:
+        """In the cache, unless so much is missing that the next run had better measure again."""
+        num_clocks = measured.num_clocks
+        if 2 * num_clocks < self._profile_clocks:
+            logger.warning(
+                "only %d of %d clocks could be measured: the plan saves less than it could, and the next run measures "
+                "again",
+                num_clocks,
+                self._profile_clocks,
+            )
+        elif self._cache is not None:
+            self._cache.save(self._job.key, measured)
+
     def _take_profile(self, report: JobReport, baseline: Baseline) -> None:
         measured = self.known_profile
         if measured is None:
             measured = replace(merge(report.sweeps), up_s=report.up_s, down_s=report.down_s)
-            if self._cache is not None:
-                self._cache.save(self._job.key, measured)
+            self._keep(measured)
         else:
             self._planner.take_latencies(measured.up_s, measured.down_s)
         traced = traced_orders(report, said_orders(self._job, baseline.num_microbatches))

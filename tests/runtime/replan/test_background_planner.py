@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -15,13 +16,13 @@ from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind, Schedule, one_f_one_b
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.measure.energy import ChunkKind, PowerEstimate
-from perseus_core.runtime.measure.profile_cache import ProfileKey
+from perseus_core.runtime.measure.profile_cache import ProfileCache, ProfileKey
 from perseus_core.runtime.measure.stage_measurements import ClockMeasurements, InstructionMeasurement, StageMeasurements
 from perseus_core.runtime.ranks.order import Baseline, Reason
 from perseus_core.runtime.replan.background_planner import BackgroundPlanner
 from perseus_core.runtime.replan.job_planner import JobPlanner
 from perseus_core.runtime.replan.plan_message import PlanMessage
-from perseus_core.runtime.replan.rank_report import RankReport
+from perseus_core.runtime.replan.rank_report import JobReport, RankReport
 from perseus_core.runtime.side_threads import OwnThreads, SideThread, Step
 
 from .test_job_planner import MICROBATCHES, clocks_mhz, measured
@@ -210,3 +211,25 @@ def test_an_earlier_run_has_left_plan_number_1(
     first = background.plan_after(0)
     assert first == state.plan.numbered(1)
     assert number(background.plan_after(1)) == 2
+
+
+def test_a_profile_of_few_clocks_is_used_but_not_kept(
+    job: Job,
+    planner: JobPlanner,
+    reports: list[bytes],
+    baseline: Baseline,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when the energy counter fails in the middle of the sweep: in silence it would be believed for ever."""
+    num_clocks = len(JobReport.decode(reports).sweeps.clocks) // 4
+    for wanted, kept in ((2 * num_clocks, True), (2 * num_clocks + 1, False)):
+        caplog.clear()
+        threads, cache = Later(), ProfileCache(tmp_path / str(wanted))
+        background = BackgroundPlanner(job, planner, threads, cache=cache, profile_clocks=wanted)
+        background.plan_from(reports, Reason.PROFILED, baseline, 0.0)
+        threads.work()
+        assert background.plan_after(planner.num_plans - 1) is not None
+        assert (cache.load(job.key) is not None) == kept
+        said = [line for line in caplog.messages if f"only {num_clocks} of {wanted} clocks could be measured" in line]
+        assert len(said) == (0 if kept else 1)
