@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ from tests.planned_clocks import without_gaps
 
 from .ranks.stepped_threads import SteppedThreads
 
-LIMITS = Limits(False, 1, 2, 2, 0.01, max_corrections=3)
+LIMITS = Limits(False, 1, 2, 3, 0.01, max_corrections=3)
 STAGES = 2
 
 
@@ -164,13 +165,14 @@ class Job:
             self.round()
 
     def train(self, number: int = 1, *, ranks: Collection[int] | None = None, **told: Any) -> None:
-        """Iterations of which ranks tell, one each round."""
+        """Iterations of which ranks tell, one each round; `unplanned_s` is what those without the plan take."""
         for _ in range(number):
+            span_s = told.get("span_s", 1.0)
+            if not self.order.plans_run_in(self.iteration):
+                span_s = told.get("unplanned_s", span_s)
             for rank in range(self.world_size) if ranks is None else ranks:
                 self.tell(
-                    records.iteration_time(
-                        rank, self.iteration, told.get("num_microbatches", 8), told.get("span_s", 1.0), 0, 0, False
-                    ),
+                    records.iteration_time(rank, self.iteration, told.get("num_microbatches", 8), span_s, 0, 0, False),
                     records.iteration_energy(rank, self.iteration, 100.0),
                 )
             self.iteration += 1
@@ -301,14 +303,16 @@ def test_orders_are_published_only_when_something_has_changed() -> None:
     assert job.store.num_set[ORDER] == job.order.number == job.news.order
 
 
-def test_under_a_plan_that_keeps_its_promise_nothing_is_published_but_figures() -> None:
+def test_under_a_plan_that_keeps_its_promise_nothing_is_published_but_figures_and_interludes() -> None:
     """For as long as it runs."""
     job = Job()
     job.run_plan()
-    job.train(4)
+    job.train(20)
     number = job.order.number
-    job.train(200)
+    job.train(180)
     assert job.order.number == number
+    job.train(400)
+    assert job.order.number == number + 2 * 2
     assert job.news.figures > 10
     figures = Figures.decode(job.store.read(FIGURES) or b"")
     assert (figures.iteration_time_s, figures.energy_j, figures.saving) == (1.0, 200.0, 0.0)
@@ -432,10 +436,10 @@ def test_the_planner_gets_all_reports_once_and_they_are_taken_away() -> None:
 
 
 def test_a_correction_is_asked_for_with_what_was_measured() -> None:
-    """The median of the iterations that were judged."""
+    """The median of the last iterations under the plan, and the job as it was beside them."""
     job = Job()
     job.run_plan()
-    job.train(20, span_s=1.25)
+    job.train(20, span_s=1.25, unplanned_s=1.0)
     assert (job.order.phase, job.order.reason, job.order.collection) == (Phase.COLLECT, Reason.SLOWER, 2)
     job.tell_state(swept=True, reported=2, received=1)
     job.rounds()
@@ -537,7 +541,7 @@ def test_when_rank_zero_leaves_all_others_hear_of_it(failed: bool) -> None:
 
 def test_the_store_does_not_grow() -> None:
     """Over ten thousand rounds, and some hundred plans with their reports."""
-    job = Job(limits=Limits(False, 1, 2, 2, 0.01, max_corrections=10**6))
+    job = Job(limits=replace(LIMITS, max_corrections=10**6))
     job.run_plan()
     most, reported = 0, 1
     for number in range(2000):
@@ -552,10 +556,10 @@ def test_the_store_does_not_grow() -> None:
                     job.store.append(report_key(reported, rank), b"report")
             job.tell_state(swept=True, reported=reported, received=job.order.offered)
         if number % 100 == 55:
-            job.train(10, span_s=2.0)
+            job.train(30, span_s=2.0, unplanned_s=1.0)
     assert job.order.collection > 5
     assert job.order.offered > 100
-    assert job.order.phase is Phase.RUN
+    assert job.order.phase in (Phase.RUN, Phase.INTERLUDE)
     assert most <= 16
 
 

@@ -401,7 +401,7 @@ class Decisions:
 
     def _react(self, soonest: int, conclusions: Conclusions) -> None:
         verdict = conclusions.verdicts[-1] if conclusions.verdicts else None
-        if self._speeds.has_changed:
+        if self._speeds.has_changed and self._watch is not None:
             self._take_speed_change()
             self._start_interlude(Reason.SPEED_CHANGED, soonest)
         elif self._is_speed_corrected and self._cool_iterations >= self._cool_patience:

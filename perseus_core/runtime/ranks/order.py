@@ -85,8 +85,8 @@ class Order:
     interlude_until: int = 0
 
     def plans_run_in(self, iteration: int) -> bool:
-        """Whether an iteration from which this order holds runs a plan, if there is one for it."""
-        return self.phase is not Phase.INTERLUDE or iteration >= self.interlude_until
+        """Whether an iteration runs a plan if there is one for it, as far as this order goes."""
+        return self.phase is not Phase.INTERLUDE or not self.from_iteration <= iteration < self.interlude_until
 
     @property
     def usual_microbatches(self) -> int:
