@@ -232,8 +232,8 @@ static int allocate(Pipeline *p) {
     p->last = malloc(stages * sizeof *p->last);
     p->is_found = malloc(stages);
     p->least_tail = malloc(n * sizeof *p->least_tail);
-    return p->clock && p->least_tail && p->end && p->duration && p->spent && p->length_to && p->total_to && p->gpu_before && p->first && p->last &&
-           p->is_found;
+    return p->clock && p->end && p->duration && p->spent && p->length_to && p->total_to && p->gpu_before && p->first && p->last &&
+           p->is_found && p->least_tail;
 }
 
 static void release(Pipeline *p) {
