@@ -53,7 +53,7 @@ class StageModel:
             for t in types
         )
         blocking = tuple(description.blocking_power_at(clock) for clock in clocks)
-        gpu = GpuModel(clocks, blocking, costs, description.clock_latency_s, description.energy_counter_period_s)
+        gpu = GpuModel(clocks, blocking, costs, description.clock_latencies_s, description.energy_counter_period_s)
         powers = []
         for index, blocking_w in enumerate(blocking):
             of_instructions = [cost.energy_j[index] / cost.time_s[index] for cost in costs]
@@ -262,8 +262,10 @@ class VirtualGpu:
     def _ask_for(self, place: int) -> None:
         if self._fault is not None:
             raise self._fault
-        in_force_s = self.threads.now_s() + self.model.gpu.clock_latency_s
-        in_force_s += self._noise.latency_s * self._random.random()
+        up_s, down_s, jitter_s = self.model.gpu.clock_latencies_s
+        asked_before = self._asked[-1][1] if self._asked else self._set_clock
+        in_force_s = self.threads.now_s() + (down_s if place > asked_before else up_s)
+        in_force_s += (jitter_s or self._noise.latency_s) * self._random.random()
         if self._asked:
             in_force_s = max(in_force_s, self._asked[-1][0])
         self._asked.append((in_force_s, place))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ MODEL = GpuModel(
     clocks_mhz=(1000, 800, 500),
     blocking_w=(60.0, 50.0, 40.0),
     costs=(InstructionCost((1.0, 1.25, 2.0), (300.0, 300.0, 320.0)),),  # 300, 240 and 160 W
-    clock_latency_s=0.1,
+    clock_latencies_s=(0.1, 0.1, 0.0),
     counter_period_s=0.25,
 )
 
@@ -158,3 +159,26 @@ def test_time_scale_keeps_power() -> None:
     cost = physics.interpolate_costs([1000], [(1000, 2.0, 100.0)], scale=0.1)
     assert cost.time_s == pytest.approx((0.2,))
     assert cost.energy_j == pytest.approx((10.0,))
+
+
+def test_a_change_down_takes_its_own_time_and_either_may_take_longer() -> None:
+    """By chance, evenly; and no change comes before one that was asked for earlier."""
+    model = replace(MODEL, clock_latencies_s=(0.1, 0.3, 0.2))
+    latencies_s = {1000: [], 500: []}  # type: dict[int, list[float]]
+    for start_s in range(200):
+        state = fresh_state(start_s + 0.123)
+        for clock_mhz in (500, 1000):
+            before_s = state.time_s
+            physics.request_clock(model, state, clock_mhz)
+            in_force_s, asked_mhz = state.pending[-1]
+            assert asked_mhz == clock_mhz
+            latencies_s[clock_mhz].append(in_force_s - before_s)
+            physics.advance(model, state, in_force_s)
+            assert state.set_clock_mhz == clock_mhz
+    for clock_mhz, least_s in ((1000, 0.1), (500, 0.3)):
+        assert least_s <= min(latencies_s[clock_mhz]) < least_s + 0.02
+        assert least_s + 0.18 < max(latencies_s[clock_mhz]) <= least_s + 0.2
+    state = fresh_state()
+    physics.request_clock(model, state, 500)
+    physics.request_clock(model, state, 1000)
+    assert state.pending[1][0] >= state.pending[0][0]

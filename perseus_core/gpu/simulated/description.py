@@ -58,6 +58,8 @@ class Description:
         min_power_limit_w: lowest limit that can be set.
         max_power_limit_w: highest limit that can be set.
         clock_latency_s: from a lock call until the clock changes.
+        clock_latency_down_s: the same for a lower clock; 0 for as long as up.
+        clock_latency_jitter_s: it takes longer by as much as this, evenly.
         energy_counter_period_s: how often the energy counter moves.
         noise: measurement noise.
         stages: for each GPU the stage it follows by default; where empty, GPU i follows stage i modulo stages.
@@ -80,6 +82,8 @@ class Description:
     min_power_limit_w: float = 50.0
     max_power_limit_w: float = 0.0
     clock_latency_s: float = 0.015
+    clock_latency_down_s: float = 0.0
+    clock_latency_jitter_s: float = 0.0
     energy_counter_period_s: float = 0.1
     noise: Noise = field(default_factory=Noise)
     stages: tuple[int, ...] = ()
@@ -88,6 +92,12 @@ class Description:
     memory_gib: float = 80.0
     compute_capability: tuple[int, int] = (8, 0)
     seed: int = 0
+
+    @property
+    def clock_latencies_s(self) -> tuple[float, float, float]:
+        """Up, down, and by how much they may be longer."""
+        down_s = self.clock_latency_down_s or self.clock_latency_s
+        return self.clock_latency_s, down_s, self.clock_latency_jitter_s
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not 0 < len(self.name.encode()) < 96:
@@ -107,7 +117,8 @@ class Description:
         if self.max_power_limit_w == 0:
             object.__setattr__(self, "max_power_limit_w", self.power_limit_w)
         _require_number("max_power_limit_w", self.max_power_limit_w, self.power_limit_w, 10_000)
-        _require_number("clock_latency_s", self.clock_latency_s, 0, 10)
+        for latency in ("clock_latency_s", "clock_latency_down_s", "clock_latency_jitter_s"):
+            _require_number(latency, getattr(self, latency), 0, 10)
         _require_number("energy_counter_period_s", self.energy_counter_period_s, 0.001, 10)
         _require_number("time_scale", self.time_scale, 0.001, 1000)
         _require_number("memory_clock_mhz", self.memory_clock_mhz, 1, 100_000, integer=True)

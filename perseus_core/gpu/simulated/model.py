@@ -7,6 +7,8 @@ to a given time by `advance`, whoever asks and whenever.
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
@@ -35,14 +37,14 @@ class GpuModel:
         clocks_mhz: supported clocks, highest first.
         blocking_w: power [W] while waiting, at each of them.
         costs: one for each instruction type.
-        clock_latency_s: from a lock call until the clock changes.
+        clock_latencies_s: from a lock call until the clock changes: up, down, and by how much either may be longer.
         counter_period_s: how often the energy counter moves.
     """
 
     clocks_mhz: tuple[int, ...]
     blocking_w: tuple[float, ...]
     costs: tuple[InstructionCost, ...]
-    clock_latency_s: float
+    clock_latencies_s: tuple[float, float, float]
     counter_period_s: float
 
 
@@ -182,10 +184,15 @@ def clock_index_at_most(model: GpuModel, clock_mhz: float) -> int:
 
 
 def request_clock(model: GpuModel, state: GpuState, clock_mhz: int) -> None:
-    """Asks for a clock at the state's time; it comes into force `clock_latency_s` later."""
+    """Asks for a clock at the state's time; it is in force a latency later, and not before an earlier one."""
     if len(state.pending) >= _MAX_PENDING:
         state.pending.pop()
-    state.pending.append([state.time_s + model.clock_latency_s, clock_mhz])
+    earlier_s, earlier_mhz = state.pending[-1] if state.pending else (state.time_s, state.set_clock_mhz)
+    up_s, down_s, jitter_s = model.clock_latencies_s
+    latency_s = down_s if clock_mhz < earlier_mhz else up_s
+    # By chance, but the same for the same moment.
+    latency_s += jitter_s * (zlib.crc32(struct.pack("<d", state.time_s)) / 2**32)
+    state.pending.append([max(earlier_s, state.time_s + latency_s), clock_mhz])
 
 
 def start_work(state: GpuState, cost_index: int, time_factor: float, energy_factor: float) -> Work:

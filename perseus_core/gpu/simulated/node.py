@@ -23,7 +23,7 @@ from perseus_core.gpu.simulated.model import GpuModel, GpuState, InstructionCost
 from perseus_core.gpu.simulated.shared_record import SharedRecord
 
 NODE_FILE = "node.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class SimulatedNode:
             tuple(model["clocks_mhz"]),
             tuple(model["blocking_w"]),
             tuple(InstructionCost(tuple(c["time_s"]), tuple(c["energy_j"])) for c in model["costs"]),
-            model["clock_latency_s"],
+            tuple(model["clock_latencies_s"]),
             model["counter_period_s"],
         )
         self.settings = NodeSettings(
@@ -212,7 +212,7 @@ class SimulatedNode:
                 )
                 for t in profile.types
             ),
-            description.clock_latency_s,
+            description.clock_latencies_s,
             description.energy_counter_period_s,
         )
         settings = NodeSettings(
