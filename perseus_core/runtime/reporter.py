@@ -20,6 +20,10 @@ _SAY_AGAIN_AFTER = 50
 _MOST_ITERATIONS = 1000
 
 
+# What would be saved besides is told from here on, as a share.
+_TOLD = 0.002
+
+
 @dataclass(frozen=True)
 class Figures:
     """What was measured under a plan. Energies count one GPU for each stage.
@@ -216,13 +220,16 @@ class Reporter:
         self._verdict_iterations = []
         self._announcer.say(
             "plan%s applied from iteration %d: %.1f %% less energy, %+.1f %% time promised, within %.2f %% of the "
-            "bound; %d clock changes an iteration (solved in %.2g s)",
+            "bound; %d clock changes an iteration%s (solved in %.2g s)",
             "" if plan.num_microbatches == usual_microbatches else f" for {plan.num_microbatches} microbatches",
             iteration,
             100 * plan.saving,
             100 * plan.slowdown,
             100 * max(0.0, plan.gap),  # below 0 by rounding only
             plan.changes_per_iteration,
+            f", {100 * plan.lost_to_switching:.1f} % more if they took no time"
+            if plan.lost_to_switching >= _TOLD
+            else "",
             plan.solve_s,
         )
 
