@@ -45,7 +45,7 @@ class SwitchLatency:
 
     def __init__(self, assumed_s: float, now_s: Callable[[], float]) -> None:
         """Has measured nothing yet, and takes the assumed latency for true; `now_s` tells the time."""
-        self._assumed = Switching(assumed_s, assumed_s)
+        self._assumed = Switching(assumed_s, assumed_s, USUAL_JITTER_S)
         self._now_s = now_s
         self._watched: _Change | None = None
         self._up_s: deque[float] = deque(maxlen=_KEPT)
@@ -118,5 +118,5 @@ class SwitchLatency:
         return Switching(
             up_s=up_s or down_s or self._assumed.up_s,
             down_s=down_s or up_s or self._assumed.down_s,
-            jitter_s=USUAL_JITTER_S,
+            jitter_s=self._assumed.jitter_s,
         )

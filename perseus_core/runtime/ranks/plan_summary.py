@@ -21,7 +21,7 @@ class PlanSummary:
         gap: how far the plan is from the best possible at most.
         solve_s: how long the planner took.
         lost_to_switching: share of the baseline's energy that would be saved besides if clocks changed at once.
-        up_s, down_s: how long a change of clock was taken to last.
+        up_s, down_s, jitter_s: what a change of clock was taken to last, see `Switching`.
         changes_per_iteration: of clocks, on the stage that has most.
     """
 
@@ -37,12 +37,13 @@ class PlanSummary:
     lost_to_switching: float = 0.0
     up_s: float = 0.0
     down_s: float = 0.0
+    jitter_s: float = 0.0
     changes_per_iteration: int = 0
 
     @property
     def switching(self) -> Switching:
         """What changes of clock were taken to last."""
-        return Switching(self.up_s, self.down_s)
+        return Switching(self.up_s, self.down_s, self.jitter_s)
 
     @property
     def saving(self) -> float:

@@ -26,6 +26,9 @@ from perseus_core.runtime.ranks.order import Baseline
 from perseus_core.runtime.replan.correction import Stretches, corrected
 from perseus_core.runtime.replan.plan_message import PlanMessage
 
+# By how much more clocks rise early and fall late, in a plan that follows a late one.
+_MORE_JITTER, _MOST_JITTER_S = 3.0, 0.02
+
 
 @dataclass(frozen=True)
 class MeasuredJob:
@@ -92,6 +95,7 @@ class JobPlanner:
         self._traced: Schedule | None = None
         self._clocks_mhz = tuple(supported_clocks_mhz)
         self._switching = switching
+        self._usual_jitter_s = switching.jitter_s
         self._frontier_file = frontier_file
         self._now_s = now_s
         self._baseline: Execution | None = None
@@ -115,7 +119,7 @@ class JobPlanner:
         if traced is not None:
             self._traced = self._schedule_of(traced, job.baseline.num_microbatches)
         self.profile = self._unhurried_profile = fit_profile(job.profile, clocks_mhz=self._clocks_mhz)
-        self._margin_s = 0.0
+        self._forget_lateness()
         self._calibrate()
 
     def state(self, plan: PlanMessage) -> PlannerState:
@@ -147,6 +151,9 @@ class JobPlanner:
         self.profile = corrected(profile, slower)
         problem = self._problem(plan.summary.num_microbatches)
         explained_s = problem.dag.iteration_time_s(_stretched(plan, stretches)) + problem.outside_time_s
+        # Clocks may have risen too late, and fallen too early: threads beside training come late on a busy machine.
+        jitter_s = min(_MOST_JITTER_S, _MORE_JITTER * self._switching.jitter_s)
+        self._switching = replace(self._switching, jitter_s=jitter_s)
         self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.summary.promised_time_s))
 
     def take_speeds(self, stretches: Stretches) -> None:
@@ -168,8 +175,12 @@ class JobPlanner:
         """Back to what was measured in the first place."""
         assert self.job is not None, "there are measurements"
         self.profile = self._unhurried_profile = fit_profile(self.job.profile, clocks_mhz=self._clocks_mhz)
-        self._margin_s = 0.0
+        self._forget_lateness()
         self._calibrate()
+
+    def _forget_lateness(self) -> None:
+        self._margin_s = 0.0
+        self._switching = replace(self._switching, jitter_s=self._usual_jitter_s)
 
     def plan(self, num_microbatches: int | None = None) -> PlanMessage:
         """Makes a plan, by default for as many microbatches as the baseline has.

@@ -16,6 +16,7 @@ from perseus_core.planning.policy import iteration_time, max_slowdown, no_slowdo
 from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind, Placement, Waits, gpipe, interleaved, one_f_one_b
+from perseus_core.planning.switching import Switching
 from perseus_core.runtime.measure.profile_cache import ProfileKey
 from perseus_core.runtime.measure.stretch import Stretch
 from perseus_core.runtime.ranks.order import Baseline
@@ -162,6 +163,24 @@ def test_time_that_instructions_explain_becomes_no_margin(planner: JobPlanner) -
     pipeline_s = before.summary.promised_time_s - OUTSIDE_S
     planner.correct(stretched(before, 1.02), before.summary.promised_time_s + 0.02 * pipeline_s)
     assert planner.plan().summary.promised_time_s == pytest.approx(before.summary.promised_time_s, rel=3e-3)
+
+
+def test_after_a_late_plan_clocks_rise_sooner_and_fall_later(own_profile: Profile) -> None:
+    """Threads that ask for them come late on a busy machine; what is forgotten with the corrections."""
+    planner = JobPlanner(
+        lambda microbatches: one_f_one_b(4, microbatches),
+        clocks_mhz(own_profile),
+        no_slowdown,
+        switching=Switching(0.015, 0.015, 0.001, 10.0),
+    )
+    planner.take_measurements(measured(own_profile))
+    jitters_s = [planner.plan().summary.jitter_s]
+    for _ in range(4):
+        planner.correct({}, planner.plan().summary.promised_time_s + 0.01)
+        jitters_s.append(planner.plan().summary.jitter_s)
+    assert jitters_s == pytest.approx([0.001, 0.003, 0.009, 0.02, 0.02])
+    planner.forget_corrections()
+    assert planner.plan().summary.switching == Switching(0.015, 0.015, 0.001)
 
 
 def test_a_late_plan_is_no_reason_to_go_slower_anywhere(planner: JobPlanner) -> None:
