@@ -63,7 +63,8 @@ def _one_run(arguments: argparse.Namespace, seed: int) -> dict[str, float]:
     times_s = _times_s(results[0])
     energies_j = _energies_j(results, arguments.data_parallel)
     unlocked = [*range(2, 8), *range(arguments.iterations + 1, arguments.iterations + AFTER)]
-    planned = list(range(arguments.iterations - UNDER_PLAN, arguments.iterations))
+    last = range(arguments.iterations - UNDER_PLAN, arguments.iterations)
+    planned = [i for i in last if all(results[0]["follows_plan"][i - 1 : i + 1])]  # not in interludes
     saved = 1 - _mean(energies_j, planned) / _mean(energies_j, unlocked)
     slowdown = _median(times_s, planned) / _median(times_s, unlocked) - 1
     plain, _ = _train(description, {"enabled": False}, 24, -1, arguments)

@@ -228,7 +228,7 @@ def _train(rank: int, job: PipelineJob) -> None:
             send(gradient, stage - 1)
         return gradient
 
-    begins_s, energies_j, losses, hook_s = [], [], [], []
+    begins_s, energies_j, losses, hook_s, follows_plan = [], [], [], [], []
     started_cpu_s = time.process_time()
     under_plan, reached, last = 0, 0, job.iterations
     for iteration in range(job.iterations):
@@ -256,6 +256,7 @@ def _train(rank: int, job: PipelineJob) -> None:
         entered = time.perf_counter()
         session.begin_iteration(count, training=not evaluating)
         hook_s.append(time.perf_counter() - entered)
+        follows_plan.append(session.status().follows_plan)
         gradient = torch.zeros(4, dtype=torch.float64)
         for instruction in one_f_one_b(job.num_stages, count).stages[stage]:
             if instruction.kind is Kind.FORWARD:
@@ -286,6 +287,7 @@ def _train(rank: int, job: PipelineJob) -> None:
                 "begins_s": begins_s,
                 "energies_j": energies_j,
                 "losses": losses,
+                "follows_plan": follows_plan,
                 "status": {k: getattr(v, "value", v) for k, v in asdict(status).items()},
                 "closing_s": closing_s,
                 "cpu_s": time.process_time() - started_cpu_s,
