@@ -80,7 +80,7 @@ def run_with_switching(
     outside: float,
     waiting_power: float,
     limit: float,
-    most_changes: int,
+    max_changes_per_s: float,
     num_moves: int,
     warmth: float,
     /,

@@ -81,7 +81,8 @@ class Plan:
         bound_energy_j: proved: no choice of clocks costs less in as much time as this plan was allowed.
         baseline_time_s, baseline_energy_j: the same iteration with all clocks at maximum.
         switching: what changes of clock take, and how many there may be.
-        instant_energy_j: what a plan would take in as much time if clocks changed at once, as often as one likes.
+        instant_energy_j: the least found that a plan would take in as much time if clocks changed at once, as often as
+            one likes.
 
     Raises:
         InputError: if a stage's instructions are not those of the schedule, or a promise is not positive.
@@ -149,7 +150,7 @@ class Plan:
     @property
     def lost_to_switching(self) -> float:
         """Share of the baseline's energy that would be saved besides if clocks changed at once."""
-        return max(0.0, self.energy_j - self.instant_energy_j) / self.baseline_energy_j
+        return (self.energy_j - self.instant_energy_j) / self.baseline_energy_j
 
     def save(self, path: str | Path) -> None:
         """Writes `plan.json`."""
@@ -248,7 +249,9 @@ def make_plan(
     baseline = baseline or all_max(problem)
     target_s = policy(frontier, baseline.iteration_time_s)
     chosen = choose_clocks(problem, frontier, target_s, switching=switching)
-    instant = chosen if switching.is_free else choose_clocks(problem, frontier, target_s)
+    instant_energy_j = chosen.energy_j
+    if not switching.is_free:
+        instant_energy_j = min(instant_energy_j, choose_clocks(problem, frontier, target_s).energy_j)
     start_s = problem.dag.start_times_s(chosen.durations_s)
     planned = (
         PlannedInstruction(instruction, int(clock), float(start), float(duration), float(energy))
@@ -270,7 +273,7 @@ def make_plan(
         baseline_time_s=baseline.iteration_time_s,
         baseline_energy_j=baseline.energy_j,
         switching=switching,
-        instant_energy_j=instant.energy_j,
+        instant_energy_j=instant_energy_j,
     )
 
 

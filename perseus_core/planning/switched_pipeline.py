@@ -76,14 +76,12 @@ class SwitchedPipeline:
     def keeps(self, execution: Execution, limit_s: float) -> bool:
         """Whether it is in time and changes clocks no more often than allowed."""
         return execution.iteration_time_s <= limit_s and all(
-            changes_per_iteration(execution.clocks_mhz[self.problem.stage_of == stage].tolist())
-            <= self._most_changes(limit_s)
+            self.switching.allows(
+                changes_per_iteration(execution.clocks_mhz[self.problem.stage_of == stage].tolist()),
+                execution.iteration_time_s,
+            )
             for stage in range(self.problem.schedule.num_stages)
         )
-
-    def _most_changes(self, limit_s: float) -> int:
-        most = self.switching.most_changes(limit_s) if math.isfinite(limit_s) else None
-        return self.problem.dag.num_instructions if most is None else most
 
     def _run(self, clocks_mhz: ClocksMhz, limit_s: float, *, num_moves: int, warmth: float) -> Execution:
         problem, switching, order = self.problem, self.switching, self._order
@@ -97,7 +95,7 @@ class SwitchedPipeline:
             problem.outside_time_s,
             problem.blocking_power_w,
             limit_s - problem.outside_time_s,
-            self._most_changes(limit_s),
+            math.inf if switching.max_changes_per_s is None else switching.max_changes_per_s,
             num_moves,
             warmth,
         )

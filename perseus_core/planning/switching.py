@@ -48,18 +48,16 @@ class Switching:
 
     def lead_s(self, before_mhz: int, clock_mhz: int) -> float:
         """How long before a boundary between two clocks the second one is asked for."""
-        return self.up_s + self.jitter_s if clock_mhz > before_mhz else self.down_s - self.jitter_s
+        return self.up_s + self.jitter_s if clock_mhz > before_mhz else max(0.0, self.down_s - self.jitter_s)
 
     def latency_s(self, before_mhz: int, clock_mhz: int) -> float:
         """From asking until the second clock is in force."""
         return self.up_s if clock_mhz > before_mhz else self.down_s
 
-    def most_changes(self, iteration_time_s: float) -> int | None:
-        """Changes that one GPU may make in an iteration; none if any number."""
-        if self.max_changes_per_s is None:
-            return None
+    def allows(self, num_changes: int, iteration_time_s: float) -> bool:
+        """Whether one GPU may make so many changes in an iteration."""
         # What is meant by 10 changes in 0.3 s is 3.
-        return math.floor(self.max_changes_per_s * iteration_time_s * (1 + 1e-9))
+        return self.max_changes_per_s is None or num_changes <= self.max_changes_per_s * iteration_time_s * (1 + 1e-9)
 
 
 AT_ONCE = Switching()

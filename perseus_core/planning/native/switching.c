@@ -9,7 +9,8 @@
 
 #include <math.h>
 
-enum { MOST_ITERATIONS = 4 };
+/* The search passes over a plan that takes longer to become steady; a given one is run so often at most. */
+enum { SOON = 4, MOST_ITERATIONS = 64 };
 
 static void take_effect(Gpu *gpu) {
     gpu->clock = gpu->pending[0].clock;
@@ -29,12 +30,18 @@ static int32_t newest_clock(const Gpu *gpu, int32_t skipped) {
 
 static double latency_to(const Pipeline *p, int32_t from, int32_t to) { return to > from ? p->latency.up : p->latency.down; }
 
+/* How long before a node's end, if nothing changed, it is asked for: a rise early, so that the node's last moments run at it
+ * and it ends sooner; a fall late, but before what follows has begun. */
+static double lead_to(const Pipeline *p, const Gpu *gpu, const double *time, int32_t wanted) {
+    if (wanted < newest_clock(gpu, 0)) return fmax(0, p->latency.down - p->latency.jitter);
+    return p->latency.up + p->latency.jitter * fmax(1, time[gpu->clock] / time[wanted]);
+}
+
 /* Asks for the clock that is wanted when a node ends, when it may, but no sooner than its stage's first node began. */
-static void ask(const Pipeline *p, Gpu *gpu, double began, double end, int32_t wanted) {
+static void ask(const Pipeline *p, Gpu *gpu, const double *time, double began, double end, int32_t wanted) {
     const int32_t newest = newest_clock(gpu, 0);
     if (wanted == newest) return;
-    const double safety = wanted > newest ? -p->latency.jitter : p->latency.jitter;
-    double asked = fmax(began, end + safety - latency_to(p, newest, wanted));
+    double asked = fmax(began, end - lead_to(p, gpu, time, wanted));
     if (gpu->num_pending) {
         Change *last = &gpu->pending[gpu->num_pending - 1];
         if (last->at >= end && asked <= last->asked) { /* it was still to be asked for, so this one is in its place */
@@ -67,7 +74,7 @@ static void run_node(Pipeline *p, int32_t node, double start, Gpu *gpu) {
         const double end = now + left * time[gpu->clock];
         if (!gpu->num_pending || gpu->pending[0].at >= end) {
             if (!has_asked) { /* which may bring a change before the end */
-                ask(p, gpu, began, end, p->clock[p->behind[node]]);
+                ask(p, gpu, time, began, end, p->clock[p->behind[node]]);
                 has_asked = 1;
                 if (gpu->num_pending && gpu->pending[0].at < end) continue;
             }
@@ -154,9 +161,26 @@ void settle_least_tails(Pipeline *p) {
 Rerun run_steadily(Pipeline *p, int32_t node, double limit) {
     Rerun rerun = {.begin = node, .end = run_from(p, node, limit)};
     rerun.is_given_up = rerun.end < p->num_nodes;
-    for (int i = 1; i < MOST_ITERATIONS && !rerun.is_given_up && go_on(p); i++) {
+    for (int i = 1; !rerun.is_given_up && go_on(p); i++) {
         rerun.begin = 0;
-        rerun.is_given_up = run_from(p, 0, limit) < p->num_nodes;
+        rerun.is_given_up = i == SOON || run_from(p, 0, limit) < p->num_nodes;
     }
     return rerun;
+}
+
+void run_until_steady(Pipeline *p) {
+    double longest = 0;
+    run_from(p, 0, INFINITY);
+    for (int i = 1; go_on(p); i++) {
+        run_from(p, 0, INFINITY);
+        if (i > MOST_ITERATIONS / 2 && length_of(p) > longest) {
+            longest = length_of(p);
+            memcpy(p->first_of_longest, p->first, (size_t)p->num_stages * sizeof *p->first);
+        }
+        if (i == MOST_ITERATIONS) {
+            memcpy(p->first, p->first_of_longest, (size_t)p->num_stages * sizeof *p->first);
+            run_from(p, 0, INFINITY);
+            return;
+        }
+    }
 }

@@ -41,6 +41,7 @@ typedef struct {
     double *length_to, *total_to; /* of all nodes up to this one: the latest end, and the sum of costs */
     Gpu *gpu_before;              /* the node's GPU when the node begins */
     Gpu *first, *last;            /* per stage: its GPU when the iteration begins, and when it ends */
+    Gpu *first_of_longest;        /* the same when the longest one begins, where iterations differ */
     uint8_t *is_found;            /* per stage, scratch */
 } Pipeline;
 
@@ -54,8 +55,11 @@ typedef struct {
 void settle_least_tails(Pipeline *p);
 
 /* Runs iterations from this node on, with what is known of those before, until one follows another like it. Given up when it is
- * certain that an iteration takes longer than `limit`. */
+ * certain that an iteration takes longer than `limit`, or when that takes many of them. */
 Rerun run_steadily(Pipeline *p, int32_t node, double limit);
+
+/* Runs iterations until one follows another like it; where they alternate for ever, the longest of them. */
+void run_until_steady(Pipeline *p);
 
 static inline double length_of(const Pipeline *p) { return p->length_to[p->num_nodes - 1]; }
 

@@ -28,7 +28,7 @@ typedef struct {
     const uint8_t *measured; /* per type and clock */
     const int32_t *order, *begin_of_stage; /* nodes stage by stage; where each stage begins, and the last one ends */
     double limit;
-    int32_t most_changes;   /* of a stage and an iteration */
+    double max_changes_per_s; /* of a stage */
     int32_t *num_changes;   /* per stage */
     double excess_price, change_price;
     Undo *undo;
@@ -70,6 +70,9 @@ static void copy(Pipeline *to, const Pipeline *from, int32_t begin, int32_t end)
 
 static double late_by(const Search *s) { return fmax(0, length_of(&s->p) - s->limit); }
 
+/* What is meant by 10 changes in 0.3 s is 3. */
+static double most_changes(double per_s, double time) { return floor(per_s * time * (1 + 1e-9)); }
+
 /* Changes of an iteration on one stage, the one to the next iteration's first clock included. */
 static int32_t count_changes(const Search *s, int32_t stage) {
     const int32_t begin = s->begin_of_stage[stage], end = s->begin_of_stage[stage + 1];
@@ -82,13 +85,14 @@ static int32_t count_changes(const Search *s, int32_t stage) {
     return count;
 }
 
-/* Changes of all stages, and how many of them are too many. */
+/* Changes of all stages, and how many of them are too many for an iteration of this length. */
 static int32_t all_changes(const Search *s, int32_t *excess) {
+    const double most = most_changes(s->max_changes_per_s, length_of(&s->p) + s->p.outside);
     int32_t sum = 0;
     *excess = 0;
     for (int32_t stage = 0; stage < s->p.num_stages; stage++) {
         sum += s->num_changes[stage];
-        if (s->num_changes[stage] > s->most_changes) *excess += s->num_changes[stage] - s->most_changes;
+        if (s->num_changes[stage] > most) *excess += s->num_changes[stage] - (int32_t)most;
     }
     return sum;
 }
@@ -230,22 +234,23 @@ static int allocate(Pipeline *p) {
     p->gpu_before = malloc(n * sizeof *p->gpu_before);
     p->first = malloc(stages * sizeof *p->first);
     p->last = malloc(stages * sizeof *p->last);
+    p->first_of_longest = malloc(stages * sizeof *p->first_of_longest);
     p->is_found = malloc(stages);
     p->least_tail = malloc(n * sizeof *p->least_tail);
     return p->clock && p->end && p->duration && p->spent && p->length_to && p->total_to && p->gpu_before && p->first && p->last &&
-           p->is_found && p->least_tail;
+           p->first_of_longest && p->is_found && p->least_tail;
 }
 
 static void release(Pipeline *p) {
     void *owned[] = {p->clock, p->end, p->duration, p->spent, p->length_to, p->total_to, p->gpu_before, p->first, p->last,
-                     p->is_found, p->least_tail};
+                     p->first_of_longest, p->is_found, p->least_tail};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
 }
 
 static void run_at(Pipeline *p, const int32_t *clock) {
     memcpy(p->clock, clock, (size_t)p->num_nodes * sizeof *clock);
     for (int32_t s = 0; s < p->num_stages; s++) p->first[s] = (Gpu){.clock = clock[p->first_node[s]], .last_at = -INFINITY};
-    run_steadily(p, 0, INFINITY);
+    run_until_steady(p);
 }
 
 static void search(Search *s, const int32_t *clock, int64_t num_moves, double warmth) {
@@ -262,10 +267,10 @@ static void search(Search *s, const int32_t *clock, int64_t num_moves, double wa
 const char run_with_switching_doc[] =
     "run_with_switching(first_predecessor, predecessor, predecessor_latency, stage, type, before, behind, first_node, order,\n"
     "                   begin_of_stage, time, cost, measured, clock, num_clocks, up, down, jitter, outside, waiting_power,\n"
-    "                   limit, most_changes, num_moves, warmth, /)\n\n"
+    "                   limit, max_changes_per_s, num_moves, warmth, /)\n\n"
     "Runs an iteration in which changes of clock take time: up or down from asking until in force, give or take jitter. With\n"
     "num_moves, clocks are searched for first, from the given ones on, that take no longer than `limit` without `outside`,\n"
-    "with at most so many changes on each stage. If none are found, what is returned is late, or changes more often.\n\n"
+    "with at most so many changes a second on each stage. If none are found, what is returned is late, or changes more often.\n\n"
     "Nodes are numbered in a topological order. time, cost, measured: per type and clock, faster clocks behind slower ones.\n"
     "before, behind: a node's neighbours on its stage, in a ring. order, begin_of_stage: nodes stage by stage.\n"
     "Returns clocks (int32 bytes), durations and costs (float64 bytes).";
@@ -276,12 +281,12 @@ PyObject *run_with_switching(PyObject *module, PyObject *args) {
            TIME, COST, MEASURED, CLOCK, NUM_ARRAYS };
     Py_buffer b[NUM_ARRAYS];
     Latency latency;
-    double outside, waiting_power, limit, warmth;
+    double outside, waiting_power, limit, max_changes_per_s, warmth;
     long long num_moves;
-    int num_clocks, most_changes;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*y*y*y*y*y*y*y*iddddddiLd", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &b[7],
+    int num_clocks;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*y*y*y*y*y*y*y*idddddddLd", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &b[7],
                           &b[8], &b[9], &b[10], &b[11], &b[12], &b[13], &num_clocks, &latency.up, &latency.down, &latency.jitter,
-                          &outside, &waiting_power, &limit, &most_changes, &num_moves, &warmth))
+                          &outside, &waiting_power, &limit, &max_changes_per_s, &num_moves, &warmth))
         return NULL;
     const size_t n = (size_t)b[CLOCK].len / sizeof(int32_t), num_stages = (size_t)b[FIRST_NODE].len / sizeof(int32_t);
     const Pipeline given = {
@@ -293,7 +298,7 @@ PyObject *run_with_switching(PyObject *module, PyObject *args) {
     };
     Search s = {
         .p = given, .kept = given, .measured = b[MEASURED].buf, .order = b[ORDER].buf, .begin_of_stage = b[BEGIN_OF_STAGE].buf,
-        .limit = limit, .most_changes = most_changes, .num_changes = malloc(num_stages * sizeof *s.num_changes),
+        .limit = limit, .max_changes_per_s = max_changes_per_s, .num_changes = malloc(num_stages * sizeof *s.num_changes),
         .undo = malloc(MOST_PARTS * n * sizeof *s.undo), .num_steps = 1, .best = malloc(n * sizeof *s.best),
         .random_state = SEED,
     };

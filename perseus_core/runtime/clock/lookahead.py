@@ -43,6 +43,7 @@ class Lookahead:
         self._position = -1  # of the instruction that began last
         self._began_s = math.inf
         self._has_ended = False
+        self._asked_for = -1  # the last instruction of those that the clock asked for last is for
 
     @property
     def follows_plan(self) -> bool:
@@ -76,10 +77,12 @@ class Lookahead:
 
     def end_iteration(self) -> None:
         """What follows is the first instruction of the next iteration."""
-        self._position = -1
+        self._position = self._asked_for = -1
 
     def wanted(self, now_s: float, in_force_mhz: int | None, switching: Switching) -> Wanted:
-        """What to ask for, if it may be asked for anything. Not to be asked while `is_idle`.
+        """What to ask for now: only to be called when it may be, and is. Not to be asked while `is_idle`.
+
+        A clock that has been left ahead of time is not asked for again.
 
         Args:
             now_s: now [s], on the clock of the events.
@@ -95,16 +98,20 @@ class Lookahead:
         if self._position < 0 or place == len(plan):
             return Wanted(plan[0].clock_mhz)
         begin_s = self._iteration_begin_s(now_s)
+        place = max(place, self._asked_for)
         while place < len(plan):
             clock_mhz, last = plan[place].clock_mhz, self._last_alike[place]
             next_mhz = plan[(last + 1) % len(plan)].clock_mhz
             if next_mhz == clock_mhz:
+                self._asked_for = last
                 return Wanted(clock_mhz)
             end_s = begin_s + plan[last].end_s
             until_s = end_s - switching.lead_s(clock_mhz, next_mhz)
             if now_s < until_s or now_s + _latency_s(switching, in_force_mhz, clock_mhz) < end_s:
+                self._asked_for = last
                 return Wanted(clock_mhz, until_s)
             place = last + 1
+        self._asked_for = len(plan)
         return Wanted(plan[0].clock_mhz)
 
     def num_begins_to_pass_over(self, until_s: float) -> int:

@@ -70,7 +70,7 @@ class Meter:
         self._plan = 0
         self._under_plan: deque[MeasuredIteration] = deque(maxlen=_REMEMBERED_ITERATIONS)
         # Microbatches and pipeline time of iterations at unlocked clocks, the last two stretches of them.
-        self._unlocked: deque[list[tuple[int, float]]] = deque([[]], maxlen=2)
+        self._unlocked: deque[deque[tuple[int, float]]] = deque([_remembered()], maxlen=2)
         self._was_unlocked = True
         self._usually_capped = 0.0  # share of an unlocked iteration at the power limit
 
@@ -145,7 +145,7 @@ class Meter:
         for stretch in reversed(self._unlocked):
             times_s = [time_s for microbatches, time_s in stretch if microbatches == num_microbatches]
             if len(times_s) >= _ENOUGH_UNLOCKED:
-                return median(times_s[-_REMEMBERED_ITERATIONS:])
+                return median(times_s)
         return 0.0
 
     # Every iteration
@@ -190,7 +190,7 @@ class Meter:
         expectation, spans = measured.record.expectation, measured.iteration.spans
         was_unlocked, self._was_unlocked = self._was_unlocked, not expectation.plan and expectation.held_mhz is None
         if self._was_unlocked and not was_unlocked:
-            self._unlocked.append([])  # and clocks may still change in this iteration
+            self._unlocked.append(_remembered())  # and clocks may still change in this iteration
         elif self._was_unlocked and spans:
             self._unlocked[-1].append((measured.record.num_microbatches, spans[-1].end_s - spans[0].begin_s))
         if not expectation.plan:
@@ -239,6 +239,10 @@ class Meter:
             energy_j = _energy_j(readings, iteration.begin_s, iteration.end_s)
         self._energies.append((iteration.number, energy_j))
         return True
+
+
+def _remembered() -> deque[tuple[int, float]]:
+    return deque(maxlen=_REMEMBERED_ITERATIONS)
 
 
 def _energy_j(readings: Sequence[CounterReading], begin_s: float, end_s: float) -> float:

@@ -43,7 +43,7 @@ def ratio(pairs: Sequence[Pair]) -> Interval | None:
     within each pair, or from how much pairs differ if that is more. Student's t (Welch's correction is not made: both
     kinds of iterations are executed by the same GPUs).
     """
-    kept = [(p, u) for p, u in map(_undisturbed, pairs) if p and u]
+    kept = [(_undisturbed(p), _undisturbed(u)) for p, u in pairs if p and u]
     freedom = sum(len(p) + len(u) - 2 for p, u in kept)
     if freedom < _LEAST_FREEDOM:
         return None
@@ -59,10 +59,10 @@ def ratio(pairs: Sequence[Pair]) -> Interval | None:
     return Interval(math.exp(middle - margin), math.exp(middle), math.exp(middle + margin))
 
 
-def _undisturbed(pair: Pair) -> Pair:
-    usual = statistics.median([*pair[0], *pair[1]]) if pair[0] or pair[1] else 0.0
-    planned, unplanned = ([x for x in part if x <= _DISTURBED * usual] for part in pair)
-    return planned, unplanned
+def _undisturbed(values: Sequence[float]) -> list[float]:
+    """Of one kind: what a plan saves, or costs, is no disturbance."""
+    most = _DISTURBED * statistics.median_low(values)
+    return [x for x in values if x <= most]
 
 
 def _student_t(freedom: int) -> float:

@@ -27,7 +27,7 @@ _OFTEN = 10
 _MOST_COOL_PATIENCE = 1000
 # What is measured at a clock lasts so long at least: some moves of the energy counter.
 _LEAST_MEASURED_S = 0.5
-# Energies of iterations are remembered so long: verdicts and the status speak of them.
+# What iterations took is remembered so long: verdicts and the status speak of them.
 _REMEMBERED_ITERATIONS = 1000
 # The baseline is measured in so many interludes.
 _YOUNG_INTERLUDES = 3
@@ -214,10 +214,16 @@ class Decisions:
         ranks_of_stage = np.bincount(self._table.stage)
         sums_j = np.bincount(self._table.stage, energies_j)
         self._energy_of[iteration] = float((sums_j / ranks_of_stage).sum())
-        _forget_before(self._energy_of, iteration - _REMEMBERED_ITERATIONS)
+        self._forget_old(self._energy_of, iteration)
         if iteration in self._baseline_iterations and self.baseline is not None:
             energy_j = self.iteration_energy_j(list(self._baseline_iterations))
             self.baseline = Baseline(self.baseline.num_microbatches, self.baseline.time_s, energy_j or 0.0)
+
+    def _forget_old(self, of_iterations: dict[int, float], newest: int) -> None:
+        """All but those that the plan is compared by, however far interludes lie apart."""
+        kept = frozenset() if self._watch is None else self._watch.compared
+        for old in [i for i in of_iterations if i < newest - _REMEMBERED_ITERATIONS and i not in kept]:
+            del of_iterations[old]
 
     def _note_time(self, iteration: int, times: NDArray[Any], conclusions: Conclusions) -> None:
         num_microbatches = int(times["microbatches"][0])
@@ -231,7 +237,7 @@ class Decisions:
             self._note_baseline(iteration, num_microbatches, time_s)
         if self.baseline is not None and num_microbatches == self.baseline.num_microbatches:
             self._time_of[iteration] = time_s
-            _forget_before(self._time_of, iteration - _REMEMBERED_ITERATIONS)
+            self._forget_old(self._time_of, iteration)
         self._newest = iteration
         if self._is_unplanned(iteration):
             return
@@ -343,6 +349,8 @@ class Decisions:
                 self._watch.interludes.clear()  # GPUs were faster, or slower, then
             self._watch.end_interlude(unplanned, self.interlude_until + 1)
             self._renew_baseline()
+        else:  # other numbers of microbatches came, as while a batch grows
+            self._watch.pass_over_interlude()
         if self._interlude_for is not None:
             self._start_collection(self._interlude_for, soonest)
         else:
@@ -413,8 +421,3 @@ class Decisions:
             self._start_interlude(None, soonest)
         elif verdict is not None and self._watch is not None and self._watch.num_verdicts % 10 == 0:
             self._corrections = 0
-
-
-def _forget_before(of_iterations: dict[int, float], iteration: int) -> None:
-    for old in [i for i in of_iterations if i < iteration]:
-        del of_iterations[old]

@@ -57,7 +57,7 @@ class PlanWatch:
     window: int
     from_iteration: int
     num_verdicts: int = 0
-    newest_planned: deque[int] = field(default_factory=deque)
+    newest_planned: deque[int] = field(init=False)
     interludes: deque[Interlude] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _times_s: dict[int, float] = field(default_factory=dict)
     _since_interlude: list[int] | None = None
@@ -69,6 +69,11 @@ class PlanWatch:
     def allowed(self) -> float:
         """How long an iteration may take, as a share of one without a plan."""
         return self.plan.limit_time_s / self.plan.baseline_time_s
+
+    @property
+    def compared(self) -> frozenset[int]:
+        """The iterations of its interludes, and those next to them."""
+        return frozenset(i for each in self.interludes for part in (each.planned, each.unplanned) for i in part)
 
     def note(self, iteration: int, time_s: float) -> Verdict | None:
         """Takes in one iteration under the plan."""
@@ -91,18 +96,21 @@ class PlanWatch:
         self._times_s.clear()
         self.from_iteration = next_iteration
 
+    def pass_over_interlude(self) -> None:
+        """Nothing in it can be compared; the next one comes after as many iterations under the plan as the first."""
+        self.newest_planned.clear()
+
     def compare(self, values: Mapping[int, float]) -> Interval | None:
         """How much of something iterations take under the plan, as a share of what they take without.
 
         Args:
             values: by iteration, as far as known; above 0.
         """
-        return ratio(
-            [
-                tuple([values[i] for i in part if i in values] for part in (each.planned, each.unplanned))  # type: ignore[misc]
-                for each in self.interludes
-            ]
-        )
+
+        def known(iterations: Sequence[int]) -> list[float]:
+            return [values[i] for i in iterations if i in values]
+
+        return ratio([(known(each.planned), known(each.unplanned)) for each in self.interludes])
 
     def _complete_interlude(self, iteration: int) -> None:
         if self._since_interlude is None:

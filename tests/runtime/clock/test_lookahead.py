@@ -195,14 +195,8 @@ class ObedientGpu:
         return self._settles_at_s
 
 
-@given(
-    st.lists(st.sampled_from([FAST, SLOW, SLOWER]), min_size=8, max_size=8),
-    st.sampled_from([0.0, 0.03, 0.13, 0.31]),
-    st.sampled_from([0.0, 0.05, 0.17, 0.27]),
-)
-def test_what_it_asks_for_is_what_the_planner_executes(clocks_mhz: list[int], up_s: float, down_s: float) -> None:
-    """One GPU that obeys, in virtual time: its instructions take what the planner's model says, whatever the plan."""
-    switching = Switching(up_s, down_s)
+def one_stage(outside_time_s: float) -> PipelineProblem:
+    """Four forwards and four backwards that take `TIMES_S`."""
     profile = Profile(
         tuple(
             Measurement(InstructionType(0, 0, kind), clock, time_s, 40.0)
@@ -210,11 +204,44 @@ def test_what_it_asks_for_is_what_the_planner_executes(clocks_mhz: list[int], up
             for clock, time_s in TIMES_S.items()
         )
     )
+    return PipelineProblem.of(profile, gpipe(1, 4), 50.0, outside_time_s=outside_time_s)
+
+
+@given(
+    st.lists(st.sampled_from([FAST, SLOW, SLOWER]), min_size=8, max_size=8),
+    st.sampled_from([0.0, 0.03, 0.13, 0.31]),
+    st.sampled_from([0.0, 0.05, 0.17, 0.27]),
+    st.sampled_from([0.0, 0.01, 0.07]),
+)
+def test_what_it_asks_for_is_what_the_planner_executes(
+    clocks_mhz: list[int], up_s: float, down_s: float, jitter_s: float
+) -> None:
+    """One GPU that obeys, in virtual time: its instructions take what the planner's model says, whatever the plan."""
+    switching = Switching(up_s, down_s, jitter_s)
     # Time enough between two iterations that the first clock is in force when the next one begins.
-    problem = PipelineProblem.of(profile, gpipe(1, 4), 50.0, outside_time_s=1.0)
-    promised = execute_with_switching(problem, np.array(clocks_mhz), switching)
+    promised = execute_with_switching(one_stage(outside_time_s=1.0), np.array(clocks_mhz), switching)
     plan = without_gaps(*zip(clocks_mhz, promised.durations_s.tolist(), strict=True))
     gpu = ObedientGpu(clocks_mhz[0], switching)
     for _ in range(3):
         durations_s = gpu.run_iteration(plan, 1.0)
     assert durations_s == pytest.approx(promised.durations_s, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("clocks_mhz", "up_s", "outside_time_s"),
+    [
+        ([SLOW, SLOWER, FAST, SLOW, SLOWER, SLOW, SLOWER, SLOWER], 0.13, 0.0),
+        ([SLOWER, FAST, FAST, SLOWER, FAST, FAST, SLOWER, FAST], 0.03, 0.05),
+    ],
+)
+def test_where_iterations_differ_for_ever_the_longest_is_promised(
+    clocks_mhz: list[int], up_s: float, outside_time_s: float
+) -> None:
+    """A change that comes in one iteration has no time to come in the next."""
+    switching = Switching(up_s, 0.27)
+    promised = execute_with_switching(one_stage(outside_time_s), np.array(clocks_mhz), switching)
+    plan = without_gaps(*zip(clocks_mhz, promised.durations_s.tolist(), strict=True))
+    gpu = ObedientGpu(clocks_mhz[0], switching)
+    times_s = [sum(gpu.run_iteration(plan, outside_time_s)) for _ in range(40)][20:]
+    assert min(times_s) < 0.95 * max(times_s)
+    assert max(times_s) == pytest.approx(sum(promised.durations_s))

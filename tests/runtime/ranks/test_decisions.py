@@ -387,17 +387,29 @@ def test_what_is_within_the_tolerance_or_the_noise_is_left_alone() -> None:
     assert interludes > 1
 
 
-def test_interludes_come_again_and_again() -> None:
-    """Three iterations in two hundred, whatever the plan does: a job drifts."""
-    job = profiled_job()
+@pytest.mark.parametrize("interval", [200, 500, 1000])
+def test_interludes_come_again_and_again(interval: int) -> None:
+    """Three iterations in so many, whatever the plan does: a job drifts."""
+    job = profiled_job(limits=replace(LIMITS, interlude_interval=interval))
     phases = []
-    for _ in range(1000):
+    for _ in range(5 * interval):
         job.iterate()
         phases.append(job.decisions.phase)
     begins = [i for i, (a, b) in enumerate(itertools.pairwise(phases)) if a is not b and b is Phase.INTERLUDE]
     assert len(begins) == 5
-    assert all(200 <= b - a <= 210 for a, b in itertools.pairwise(begins))
+    assert all(interval <= b - a <= interval + 10 for a, b in itertools.pairwise(begins))
     assert set(phases) == {Phase.RUN, Phase.INTERLUDE}
+
+
+def test_an_interlude_without_usual_iterations_is_not_repeated_at_once() -> None:
+    """While a batch grows none of them can be compared; the plan runs its window before the next try."""
+    job = profiled_job()
+    phases = []
+    for _ in range(60):
+        job.iterate(num_microbatches=4 if job.decisions.phase is Phase.INTERLUDE else 8)
+        phases.append(job.decisions.phase)
+    assert phases.count(Phase.INTERLUDE) <= phases.count(Phase.RUN)
+    assert job.decisions.time_ratio() is None
 
 
 def test_corrections_that_helped_for_long_do_not_count_against_the_plan() -> None:
