@@ -121,7 +121,7 @@ def _measured(ranks: list[dict[str, Any]], chosen: Callable[[dict[str, Any]], bo
 def _draw(output: Path, settings: Settings) -> list[str]:
     """The pictures of the plan that the session's frontier holds."""
     frontier = load_frontier(output / "frontier.json")
-    plan = make_plan(frontier, settings.pick)
+    plan = make_plan(frontier, settings.pick, switching=settings.switching)
     baseline = all_max(frontier.problem)
     save_figure(draw_before_and_after(frontier.problem, baseline, plan), output / "before-and-after.png")
     save_figure(draw_frontier(frontier, plan=plan), output / "frontier.png")

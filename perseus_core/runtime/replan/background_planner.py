@@ -82,7 +82,7 @@ class BackgroundPlanner:
                 elif reason is Reason.RECOVERED:
                     self._planner.forget_corrections()
                 else:
-                    self._planner.correct(report.stretches, measured_time_s)
+                    self._planner.correct(report.stretches, measured_time_s, baseline.time_s)
                 self._planner.take_baseline(baseline, report.pipeline_time_s)
             return self._new_plan()
 

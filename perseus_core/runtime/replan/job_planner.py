@@ -137,15 +137,18 @@ class JobPlanner:
         self.take_latencies(state.plan.summary.up_s, state.plan.summary.down_s)
         return self._last_plan
 
-    def correct(self, stretches: Stretches, measured_time_s: float) -> None:
+    def correct(self, stretches: Stretches, measured_time_s: float, baseline_time_s: float) -> None:
         """Takes in why a plan was late.
 
         Args:
             stretches: how much longer than planned instructions took.
             measured_time_s: of an iteration.
+            baseline_time_s: of one without the plan, in the same minutes. What takes longer there, too, is no lateness.
         """
         profile, plan = self._known_profile(), self._last_plan
         assert plan is not None, "only a plan that ran is corrected"
+        drift = baseline_time_s / plan.summary.baseline_time_s
+        stretches = {which: replace(each, factor=each.factor / drift) for which, each in stretches.items()}
         # What ran faster than planned is no reason to go slower, when all are late.
         slower = {which: replace(each, factor=max(1.0, each.factor)) for which, each in stretches.items()}
         self.profile = corrected(profile, slower)
@@ -154,7 +157,7 @@ class JobPlanner:
         # Clocks may have risen too late, and fallen too early: threads beside training come late on a busy machine.
         jitter_s = min(_MOST_JITTER_S, _MORE_JITTER * self._switching.jitter_s)
         self._switching = replace(self._switching, jitter_s=jitter_s)
-        self._margin_s += max(0.0, measured_time_s - max(explained_s, plan.summary.promised_time_s))
+        self._margin_s += max(0.0, measured_time_s / drift - max(explained_s, plan.summary.promised_time_s))
 
     def take_speeds(self, stretches: Stretches) -> None:
         """GPUs run at another speed than they were profiled at, with a plan and without."""
@@ -165,10 +168,10 @@ class JobPlanner:
 
         Args:
             baseline: as measured.
-            pipeline_time_s: as in `MeasuredJob`.
+            pipeline_time_s: as in `MeasuredJob`; 0 if it is not known anew.
         """
         assert self.job is not None, "there are measurements"
-        self.job = replace(self.job, baseline=baseline, pipeline_time_s=pipeline_time_s)
+        self.job = replace(self.job, baseline=baseline, pipeline_time_s=pipeline_time_s or self.job.pipeline_time_s)
         self._calibrate()
 
     def forget_corrections(self) -> None:
