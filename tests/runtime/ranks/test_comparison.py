@@ -11,7 +11,7 @@ import pytest
 from perseus_core.runtime.ranks.comparison import Interval, Pair, ratio
 
 TRUTH = 0.87
-SEEDS = 100
+SEEDS = 1000
 INTERVAL, WINDOW, INTERLUDE = 200, 8, 2
 
 Drift = Callable[[int, random.Random], float]
@@ -57,12 +57,12 @@ def pairs_of(seed: int, noise: float, drift: Drift, num_interludes: int) -> list
 @pytest.mark.parametrize("drift", [steady, swinging, growing, disturbed])
 @pytest.mark.parametrize("noise", [0.002, 0.02])
 def test_the_interval_holds_the_truth_in_95_of_100_seeds(noise: float, drift: Drift, num_interludes: int) -> None:
-    """At least 90, as often as one wants to look; and it is as narrow as the noise allows."""
+    """Counted on a thousand, give or take what a thousand do; and it is as narrow as the noise allows."""
     found = [ratio(pairs_of(seed, noise, drift, num_interludes)) for seed in range(SEEDS)]
     intervals = [each for each in found if each is not None]
-    assert len(intervals) >= 0.95 * SEEDS  # a disturbed interlude of one seed says nothing
+    assert len(intervals) >= 0.99 * SEEDS
     held = sum(each.low <= TRUTH <= each.high for each in intervals)
-    assert held >= 0.9 * len(intervals)
+    assert held >= 0.94 * len(intervals)
     typical = noise * math.sqrt((1 / (2 * WINDOW) + 1 / INTERLUDE) / num_interludes)
     widths = sorted((each.high - each.low) / 2 / TRUTH for each in intervals)
     assert widths[len(widths) // 2] < 4 * typical + (0.01 if drift in (swinging, growing) else 0)
