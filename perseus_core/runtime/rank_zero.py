@@ -197,6 +197,7 @@ class RankZero:
             phase=decisions.phase,
             from_iteration=decisions.from_iteration,
             iterations_of_step=decisions.iterations_of_step,
+            unlocked_mhz=decisions.unlocked_mhz,
             interlude_until=decisions.interlude_until,
             plans=plans,
             offered=self._offered,

@@ -370,6 +370,7 @@ class Session:
             left=left,
             swept=self._meter.has_swept,
             straggler_slowdown=self._straggler_slowdown,
+            unlocked_mhz=self._meter.unlocked_mhz,
         )
 
     # Opening, and what is asked of this rank
@@ -399,7 +400,7 @@ class Session:
 
     def _start_sweep(self) -> None:
         supported = self._prepared.supported_clocks_mhz
-        clocks = sweep_clocks(supported, self._settings.profile_clocks)
+        clocks = sweep_clocks(supported, self._settings.profile_clocks, self._order.unlocked_mhz)
         self._meter.start_sweep(supported, clocks, self._order.iterations_of_step)
 
     def _make_report(self, order: Order) -> RankReport:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from perseus_core.gpu.device import ThrottleReason
 from perseus_core.runtime.ranks.order import Phase
 from perseus_core.runtime.session import Session
 from perseus_core.runtime.settings import Settings
@@ -143,6 +144,21 @@ def test_a_gpu_at_its_power_limit_is_no_trouble() -> None:
     job.run_until_plan(1, iterations_under_it=40)
     assert job.cluster.session(0).status().plan == 1
     assert job.said("holds its clock down") == job.said("planning anew") == 0
+
+
+def test_the_sweep_does_not_linger_on_clocks_that_power_does_not_allow() -> None:
+    """At full load an H100 holds no clock near its highest: one step is enough for all those above."""
+    job = Job(pipelines=1, tensor_parallel=1, settings=replace(QUICK, profile_clocks=6))
+    for rank in job.cluster.ranks:
+        rank.gpu.throttle(1140, ThrottleReason.POWER_CAP)
+    job.run_until_plan(1, iterations_under_it=40)
+    swept = sorted({clock for held in job.held_mhz.values() for clock in held if clock is not None}, reverse=True)
+    assert len(swept) == 6
+    assert swept[0] == 1410
+    assert swept[1] < 1140
+    status = job.cluster.session(0).status()
+    assert status.plan == 1
+    assert status.saving == pytest.approx(status.promised_saving, abs=0.015)
 
 
 def test_a_slower_pipeline_elsewhere_is_planned_for() -> None:

@@ -144,6 +144,7 @@ class VirtualGpu:
         self._noise = noise
         self._power_factor = 1 + noise.power * random_numbers.gauss(0, 1)
         self._fault: GpuError | None = None
+        self._held_by = ThrottleReason.THERMAL
         # Clocks, as places in the model's.
         self._set_clock = self._clock = self._highest_clock = 0
         self._asked: deque[tuple[float, int]] = deque()
@@ -208,7 +209,7 @@ class VirtualGpu:
 
     def throttle_reasons(self) -> ThrottleReason:
         """See `Device`."""
-        reasons = ThrottleReason.THERMAL if self._highest_clock > self._set_clock else ThrottleReason.NONE
+        reasons = self._held_by if self._highest_clock > self._set_clock else ThrottleReason.NONE
         is_capped = self.capped_from_mhz <= self.model.clocks_mhz[self._clock]
         return reasons | ThrottleReason.POWER_CAP if is_capped else reasons
 
@@ -236,8 +237,9 @@ class VirtualGpu:
 
     # Faults
 
-    def throttle(self, clock_mhz: int | None) -> None:
-        """From now on heat allows no higher clock; None: any."""
+    def throttle(self, clock_mhz: int | None, held_by: ThrottleReason = ThrottleReason.THERMAL) -> None:
+        """From now on heat, or what it is held by, allows no higher clock; None: any."""
+        self._held_by = held_by
         place = 0 if clock_mhz is None else clock_index_at_most(self.model.gpu, clock_mhz)
         self._change(highest_clock=place)
 

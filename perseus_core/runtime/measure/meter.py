@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_high
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from perseus_core.runtime.side_threads import SideThreads
 _READINGS_BEFORE_S = 2.0
 _REMEMBERED_ITERATIONS = 16
 _ENOUGH_UNLOCKED = 2
+_REMEMBERED_READINGS = 256
 # At the power limit for so much more of an iteration, as a share, than without us: something else is wrong.
 _MORE_CAPPED = 0.3
 
@@ -72,6 +73,7 @@ class Meter:
         # Microbatches and pipeline time of iterations at unlocked clocks, the last two stretches of them.
         self._unlocked: deque[deque[tuple[int, float]]] = deque([_remembered()], maxlen=2)
         self._was_unlocked = True
+        self._unlocked_mhz: deque[int] = deque(maxlen=_REMEMBERED_READINGS)
         self._usually_capped = 0.0  # share of an unlocked iteration at the power limit
 
     def start(self) -> None:
@@ -147,6 +149,11 @@ class Meter:
             if len(times_s) >= _ENOUGH_UNLOCKED:
                 return median(times_s)
         return 0.0
+
+    @property
+    def unlocked_mhz(self) -> int:
+        """The clock that the GPU held in most of its unlocked iterations; 0 while it was not read."""
+        return median_high(self._unlocked_mhz) if self._unlocked_mhz else 0
 
     # Every iteration
 
@@ -225,6 +232,7 @@ class Meter:
         expectation = measured.record.expectation
         if not expectation.plan and expectation.held_mhz is None:
             self._usually_capped = max(self._usually_capped, capped)
+            self._unlocked_mhz += [reading.clock_mhz for reading in readings if reading.clock_mhz is not None]
             return False
         return capped > self._usually_capped + _MORE_CAPPED
 

@@ -66,17 +66,25 @@ class Progress:
         )
 
 
-def sweep_clocks(supported_clocks_mhz: Sequence[int], num_clocks: int) -> tuple[int, ...]:
+def sweep_clocks(supported_clocks_mhz: Sequence[int], num_clocks: int, unlocked_mhz: int = 0) -> tuple[int, ...]:
     """Evenly spread clocks of the useful range, in the order of the sweep.
 
     From the highest supported one, every second one down to 45 % of it and the others back up, so that a GPU which
     warms up meanwhile makes neither end look costly. With the highest the sweep begins again while ranks wait for its
     end, and so that costs no time.
+
+    Args:
+        supported_clocks_mhz: of the GPU.
+        num_clocks: how many, if there are so many.
+        unlocked_mhz: what the job's GPUs hold at unlocked clocks at most, 0 if that is not known. Where it is below the
+            highest supported clock, all clocks in between are the same to a GPU at its power limit: one is enough.
     """
     supported = sorted(set(supported_clocks_mhz), reverse=True)
     lowest = max(supported[-1], _LOWEST_USEFUL_SHARE * supported[0])
+    highest = unlocked_mhz if lowest < unlocked_mhz < (1 - _CLOCK_TOLERANCE) * supported[0] else supported[0]
+    # The highest supported clock takes the place of the highest that is held: asking for it gives that one.
     steps = max(1, num_clocks - 1)
-    wanted = [supported[0] + (lowest - supported[0]) * i / steps for i in range(num_clocks)]
+    wanted = [supported[0], *(highest + (lowest - highest) * i / steps for i in range(1, num_clocks))]
     clocks = sorted({min(supported, key=lambda clock: abs(clock - w)) for w in wanted}, reverse=True)
     return (*clocks[::2], *reversed(clocks[1::2]))
 

@@ -81,6 +81,7 @@ class Decisions:
         phase: what the job does.
         from_iteration: it does so from this iteration on.
         iterations_of_step: while profiling, how many iterations each clock is held; the first is discarded.
+        unlocked_mhz: the highest clock that a GPU of the job held at unlocked clocks; 0 if no rank has told.
         interlude_until: in an interlude, the iteration from which the plan runs again.
         baseline: once measured.
         collection: how often measurements were collected, the one under way included.
@@ -114,6 +115,7 @@ class Decisions:
         self.phase = Phase.SOLVE if has_plan and self._can_lock and not limits.measure_only else Phase.WARM_UP
         self.from_iteration = 0
         self.iterations_of_step = 0
+        self.unlocked_mhz = 0
         self.interlude_until = 0
         self.collection = 0
         self.reason = Reason.PROFILED
@@ -313,6 +315,7 @@ class Decisions:
         else:
             for_energy = math.ceil(_LEAST_MEASURED_S / self.baseline.time_s)
             self.iterations_of_step = 1 + max(self._limits.profile_iterations, for_energy)
+            self.unlocked_mhz = int(self._table.unlocked_mhz.max())
             self._enter(Phase.PROFILE, soonest)
 
     def _measured_baseline(self) -> Baseline:

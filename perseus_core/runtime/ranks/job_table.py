@@ -63,7 +63,7 @@ class JobTable:
         present: it takes part.
         same_version: and understands us.
         stage: its pipeline stage.
-        ready, can_lock, failed, left, swept, reported, received, straggler_slowdown: see `RankState`.
+        ready, can_lock, failed, left, swept, reported, received, straggler_slowdown, unlocked_mhz: see `RankState`.
         newest_iteration: the newest of which it has told the time, -1 for none.
         heard_s: when it was heard of last.
         times: iterations' times, `TIME_COLUMNS`.
@@ -79,6 +79,7 @@ class JobTable:
         self.reported = np.zeros(num_ranks, np.int64)
         self.received = np.zeros(num_ranks, np.int64)
         self.straggler_slowdown = np.ones(num_ranks, np.float64)
+        self.unlocked_mhz = np.zeros(num_ranks, np.int64)
         self.newest_iteration = np.full(num_ranks, -1, np.int64)
         self.heard_s = np.zeros(num_ranks, np.float64)
         self.times = IterationTable(num_ranks, TIME_COLUMNS)
@@ -98,11 +99,12 @@ class JobTable:
         self.reported[states["rank"]] = states["a"]
         self.received[states["rank"]] = states["b"]
         self.straggler_slowdown[states["rank"]] = states["c"]
+        self.unlocked_mhz[states["rank"]] = states["count"]
         times = records[kinds == RecordKind.TIME]
         if len(times):
             np.maximum.at(self.newest_iteration, times["rank"], times["iteration"])
             told = np.zeros(len(times), TIME_COLUMNS)
-            told["microbatches"], told["throttled"] = times["microbatches"], times["flags"] > 0
+            told["microbatches"], told["throttled"] = times["count"], times["flags"] > 0
             told["span_s"], told["seen_s"], told["expected_s"] = times["a"], times["b"], times["c"]
             self.times.add(times["iteration"], times["rank"], told)
         energies = records[kinds == RecordKind.ENERGY]

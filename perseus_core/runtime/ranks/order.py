@@ -69,6 +69,7 @@ class Order:
         store_speaker: the rank that says so when the store is gone: not the one with which it goes.
         interlude_until: in an interlude, the iteration from which plans run again.
         iterations_of_step: while profiling, how many iterations each clock is held; the first is discarded.
+        unlocked_mhz: the highest clock that a GPU of the job held at unlocked clocks; 0 if that is not known.
     """
 
     number: int = 0
@@ -82,6 +83,7 @@ class Order:
     speaker: int = -1
     store_speaker: int = 1
     iterations_of_step: int = 0
+    unlocked_mhz: int = 0
     interlude_until: int = 0
 
     def plans_run_in(self, iteration: int) -> bool:

@@ -31,7 +31,7 @@ RECORD = np.dtype(
         ("rank", "<u4"),
         ("kind", "u1"),
         ("flags", "u1"),
-        ("microbatches", "<u2"),
+        ("count", "<u2"),
         ("iteration", "<i4"),
         ("a", "<f4"),
         ("b", "<f4"),
@@ -79,6 +79,7 @@ class RankState:
         reported: number of the newest collection for which its measurements are in the store.
         received: number of the newest plan that has arrived there.
         straggler_slowdown: T'/T that it was told, 1 for none.
+        unlocked_mhz: the clock that its GPU held at unlocked clocks; 0 while not known.
     """
 
     ready: bool = False
@@ -89,6 +90,7 @@ class RankState:
     reported: int = 0
     received: int = 0
     straggler_slowdown: float = 1.0
+    unlocked_mhz: int = 0
 
     @property
     def flags(self) -> StateFlag:
@@ -114,7 +116,8 @@ def hello(rank: int, stage: int, data_parallel_rank: int) -> bytes:
 def state(rank: int, now: RankState) -> bytes:
     """What is true of this rank from now on."""
     return _FORMAT.pack(
-        rank, RecordKind.STATE, now.flags, 0, 0, now.reported, now.received, min(now.straggler_slowdown, 1e30)
+        *(rank, RecordKind.STATE, now.flags, now.unlocked_mhz, 0),
+        *(now.reported, now.received, min(now.straggler_slowdown, 1e30)),
     )
 
 

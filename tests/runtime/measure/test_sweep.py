@@ -92,6 +92,16 @@ def test_clocks_are_even_over_the_useful_range_and_supported() -> None:
     assert sweep_clocks((1000, 900), 8) == (1000, 900)
 
 
+@pytest.mark.parametrize(("unlocked_mhz", "second_mhz"), [(0, 1305), (1395, 1305), (1200, 1110), (600, 1305)])
+def test_clocks_that_are_never_held_are_measured_once(unlocked_mhz: int, second_mhz: int) -> None:
+    """The highest supported one stands for all of them; what is hardly below it, or of no use, is another matter."""
+    clocks = sorted(sweep_clocks(SUPPORTED_MHZ, 8, unlocked_mhz), reverse=True)
+    assert len(clocks) == 8
+    assert clocks[0] == 1410
+    assert clocks[1] == pytest.approx(second_mhz, abs=15)
+    assert clocks[-1] == pytest.approx(0.45 * 1410, abs=8)
+
+
 def test_a_gpu_that_warms_up_meanwhile_does_not_make_one_end_look_costly() -> None:
     """The order goes down and up again: clocks of the beginning and of the end lie beside each other."""
     in_order = sorted(sweep_clocks(SUPPORTED_MHZ, 8), reverse=True)

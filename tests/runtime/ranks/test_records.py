@@ -77,7 +77,7 @@ def test_times_arrive_in_single_precision(
         records.iteration_time(rank, iteration, num_microbatches, span_s, seen_s, expected_s, throttled)
     )
     assert record["kind"] == RecordKind.TIME
-    assert (record["rank"], record["iteration"], record["microbatches"]) == (rank, iteration, num_microbatches)
+    assert (record["rank"], record["iteration"], record["count"]) == (rank, iteration, num_microbatches)
     assert (record["a"], record["b"], record["c"], record["flags"]) == (span_s, seen_s, expected_s, throttled)
 
 
