@@ -31,6 +31,8 @@ _LEAST_MEASURED_S = 0.5
 _REMEMBERED_ITERATIONS = 1000
 # The baseline is measured in so many interludes.
 _YOUNG_INTERLUDES = 3
+# A correction that leaves more than this share of what a plan was late has not helped; another would not either.
+_HARDLY_LESS = 0.5
 # Ranks end their training within so many iterations of each other.
 ENDING_ITERATIONS = 16
 
@@ -133,6 +135,7 @@ class Decisions:
         self._speeds = SpeedWatch(table.stage, limits.slow_gpu)
         self._watch: PlanWatch | None = None
         self._corrections = 0
+        self._late_by = math.inf  # when the plan was last corrected, as a share of the limit
         self._others: dict[int, int] = {}
         self._cool_iterations = 0
         self._cool_patience = 10
@@ -380,8 +383,11 @@ class Decisions:
         found = self.time_ratio()
         if found is None or found.low <= self._watch.allowed * (1 + self._limits.tolerance):
             return
-        if self._corrections < self._limits.max_corrections:
+        late_by = found.middle / self._watch.allowed - 1
+        has_helped = self._corrections == 0 or late_by <= _HARDLY_LESS * self._late_by
+        if has_helped and self._corrections < self._limits.max_corrections:
             self._corrections += 1
+            self._late_by = late_by
             self._start_collection(Reason.SLOWER, soonest)
         else:
             self._step_back(soonest)
