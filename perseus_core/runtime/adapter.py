@@ -18,7 +18,8 @@ from perseus_core.gpu.simulated.activation import ENVIRONMENT_VARIABLE as SIMULA
 from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.log import logger, show_log
-from perseus_core.runtime.measure.events import CudaEvents, EventSource, HostEvents
+from perseus_core.runtime.measure.cuda_events import CudaEvents
+from perseus_core.runtime.measure.events import EventSource, HostEvents
 from perseus_core.runtime.opening import tell_failed, visible_device
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from perseus_core.planning.dag import data_dependencies
 from perseus_core.planning.schedule import Instruction, InstructionType, Kind, Schedule
 from perseus_core.runtime.adapter import FollowedSession
+from perseus_core.runtime.measure.events import EventSource
 from tests.cluster.virtual_gpu import OUTSIDE, WAITING, VirtualGpu, Work
 from tests.cluster.virtual_threads import EventQueue, Mark, VirtualThreads
 
@@ -21,7 +22,7 @@ from tests.cluster.virtual_threads import EventQueue, Mark, VirtualThreads
 _REMEMBERED_ACTIVITIES = 500
 
 
-class VirtualEvents:
+class VirtualEvents(EventSource):
     """Marks on one rank's stream: `EventSource` in virtual time.
 
     Attributes:
