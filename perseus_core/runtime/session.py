@@ -424,7 +424,13 @@ class Session:
         self._meter = Meter(self._job.stage, device, self._threads)
         self._meter.start()
         settable = None if self._settings.measure_only else device
-        self._clocks = StageClocks(settable, self._settings.switching.up_s, threads=self._threads, guard=self._guard)
+        self._clocks = StageClocks(
+            settable,
+            self._settings.switching.up_s,
+            threads=self._threads,
+            guard=self._guard,
+            slices=None if settable is None else self._events.slices(settable.uuid),
+        )
         self._clocks.start()
         if self._rank_zero is not None and self._prepared.planner is not None:
             if self._policy is not None:

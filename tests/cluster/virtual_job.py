@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from perseus_core.planning.dag import data_dependencies
 from perseus_core.planning.schedule import Instruction, InstructionType, Kind, Schedule
 from perseus_core.runtime.adapter import FollowedSession
-from perseus_core.runtime.measure.events import EventSource
+from perseus_core.runtime.measure.events import EventSource, NotRecorded
 from tests.cluster.virtual_gpu import OUTSIDE, WAITING, VirtualGpu, Work
 from tests.cluster.virtual_threads import EventQueue, Mark, VirtualThreads
 
@@ -27,16 +27,20 @@ class VirtualEvents(EventSource):
 
     Attributes:
         next: the mark for what the host does at this moment.
+        is_captured: somebody captures a CUDA graph on the stream.
     """
 
-    __slots__ = ("next",)
+    __slots__ = ("is_captured", "next")
 
     def __init__(self) -> None:
         """A mark that nobody reaches, until the host works."""
         self.next = Mark()
+        self.is_captured = False
 
     def record(self) -> Mark:
         """See `EventSource`."""
+        if self.is_captured:
+            raise NotRecorded("a CUDA graph is captured there")
         return self.next
 
 

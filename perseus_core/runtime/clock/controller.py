@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
+from perseus_core.gpu.slices import Slices
 from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.give_back import ClockGivenBack, GuardedClock
 from perseus_core.runtime.clock.lookahead import Lookahead
@@ -91,6 +92,7 @@ class ClockController:
         *,
         threads: SideThreads,
         guard: Guard = GuardedClock,
+        slices: Slices | None = None,
     ) -> None:
         """Touches nothing yet.
 
@@ -100,6 +102,7 @@ class ClockController:
             threads: time, and the side thread that does the work.
             guard: makes the clock that is set. A `GuardedClock` is given back by the watchdog after a time without any
                 message, and locked again with the next instruction.
+            slices: has the GPU count cycles, to see how long changes take.
         """
         self._device = device
         self._threads = threads
@@ -108,7 +111,7 @@ class ClockController:
         self._messages: deque[_Message] = deque()
         self._num_orders_given = self._num_orders_taken = 0
         self._lookahead = Lookahead()
-        self._latency = SwitchLatency(switch_latency_s, threads.now_s)
+        self._latency = SwitchLatency(switch_latency_s, threads.now_s, slices)
         self._override_watch = OverrideWatch(device.uuid)
         self._clock = guard(device, self._give_up)
         self._in_force_mhz: int | None = None
@@ -313,7 +316,7 @@ class ClockController:
         else:
             before_mhz = self._in_force_mhz or wanted_mhz
             self._settles_at_s = now_s + self._latency.switching.latency_s(before_mhz, wanted_mhz)
-            self._latency.lock(self._clock, wanted_mhz)
+            self._latency.lock(self._clock, wanted_mhz, self._in_force_mhz)
         self._in_force_mhz = wanted_mhz
         self._override_watch.asked(wanted_mhz, self._threads.now_s())
 

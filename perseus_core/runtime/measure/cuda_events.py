@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from perseus_core.gpu.slices import Slice, Slices
 from perseus_core.runtime.cuda_library import relaxed
 from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.anchors import Anchor, AnchorFinder
 from perseus_core.runtime.measure.cuda import Cuda
-from perseus_core.runtime.measure.events import EventSource, NotRecorded, Slice, Slices
+from perseus_core.runtime.measure.events import EventSource, NotRecorded
 from perseus_core.runtime.side_threads import OwnThreads, SideThread, SideThreads
 
 # 50 us at 2 GHz: long enough to be timed to a hundredth (events tell half a microsecond), and short enough to hold up

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from perseus_core.gpu.slices import Slices
 
 
 class NotRecorded(RuntimeError):  # noqa: N818 (named by what happened)
@@ -22,26 +24,6 @@ class Event(Protocol):
 
     def time_s(self) -> float:
         """When the stream got there [s, `time.monotonic`]. Only for a mark that is reached."""
-
-
-class Slice(NamedTuple):
-    """A fixed number of SM cycles that the GPU has counted: how long they took tells its clock [s, `time.monotonic`]."""
-
-    begin_s: float
-    end_s: float
-
-
-class Slices(Protocol):
-    """Has the GPU count cycles beside training, on a stream of our own. For one thread."""
-
-    def begin(self) -> None:
-        """Gives the GPU a slice to count, and waits for nothing."""
-
-    def finished(self) -> list[Slice]:
-        """All that were counted since `forget`, in order; empty while their time on the host's clock is not known."""
-
-    def forget(self) -> None:
-        """What was begun until now is of no interest any more."""
 
 
 class EventSource(Protocol):
@@ -68,7 +50,7 @@ class EventSource(Protocol):
         return nullcontext()
 
     def slices(self, gpu_uuid: str) -> Slices | None:
-        """A way to see the clock of the GPU, without asking the driver; None where there is none."""
+        """Has the GPU count cycles, on a stream of our own; None where that is not possible."""
         return None
 
     def close(self) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
 
+from perseus_core.gpu.slices import Slice
 from perseus_core.runtime.clock.switch_latency import LOOK_EVERY_S, SwitchLatency
 
 
@@ -78,3 +82,101 @@ def test_few_changes_are_watched() -> None:
     assert watched(clock, latency, 1410) == 0
     num_watched = sum(watched(clock, latency, (900, 1200)[i % 2]) > 0 for i in range(399))
     assert num_watched == 7 + 2
+
+
+class CountingGpu(SlowClock):
+    """A GPU that counts cycles on its stream, in the test's time, and a register that never tells the truth."""
+
+    def __init__(self, latency_s: float, call_s: float = 0.0) -> None:
+        super().__init__(latency_s)
+        self._call_s = call_s
+        self._slices: list[Slice] = []
+        self.fails = False
+
+    def lock(self, clock_mhz: int) -> None:
+        super().lock(clock_mhz)
+        self.now_s += self._call_s
+
+    def sm_clock_mhz(self) -> int:
+        return 1410
+
+    def begin(self) -> None:
+        if self.fails:
+            raise RuntimeError("an illegal memory access was encountered")
+        begin_s = max([self.now_s, *(one.end_s for one in self._slices[-1:])])
+        left, at_s = 100_000.0, begin_s
+        for (_, clock_mhz), (until_s, _) in pairwise([*self._changes, (math.inf, 0)]):
+            if until_s > at_s:
+                counted = min(left, (until_s - at_s) * clock_mhz * 1e6)
+                left, at_s = left - counted, at_s + counted / (clock_mhz * 1e6)
+        self._slices.append(Slice(begin_s, at_s))
+
+    def finished(self) -> list[Slice]:
+        return [one for one in self._slices if one.end_s <= self.now_s]
+
+    def forget(self) -> None:
+        self._slices = []
+
+
+@pytest.mark.parametrize("latency_s", [0.002, 0.015, 0.1, 0.3])
+def test_the_gpu_tells_how_long_its_changes_take(latency_s: float) -> None:
+    """Whatever its register tells, and beyond a tenth of a second; to a millisecond, and never too short."""
+    gpu = CountingGpu(latency_s)
+    latency = SwitchLatency(0.015, lambda: gpu.now_s, gpu)
+    locked_mhz = None
+    for clock_mhz in (900, 1200, 900, 1200, 900, 1200):
+        gpu.latency_s = latency_s if clock_mhz == 1200 else 0.7 * latency_s
+        latency.lock(gpu, clock_mhz, locked_mhz)  # type: ignore[arg-type]
+        locked_mhz = clock_mhz
+        while latency.is_watching:
+            gpu.now_s += LOOK_EVERY_S
+            latency.look(gpu)  # type: ignore[arg-type]
+        gpu.now_s += 1.0
+    assert latency_s <= latency.up_s + 1e-9 <= latency_s + 1.1 * LOOK_EVERY_S
+    assert 0.7 * latency_s <= latency.down_s + 1e-9 <= 0.7 * latency_s + 1.1 * LOOK_EVERY_S
+
+
+def test_a_slow_call_makes_what_is_seen_too_long_never_too_short() -> None:
+    """While the driver is asked, nobody gives the GPU anything to count."""
+    gpu = CountingGpu(0.006, call_s=0.020)
+    latency = SwitchLatency(0.015, lambda: gpu.now_s, gpu)
+    locked_mhz = None
+    for clock_mhz in (900, 1200, 900, 1200, 900, 1200):
+        latency.lock(gpu, clock_mhz, locked_mhz)  # type: ignore[arg-type]
+        locked_mhz = clock_mhz
+        while latency.is_watching:
+            gpu.now_s += LOOK_EVERY_S
+            latency.look(gpu)  # type: ignore[arg-type]
+    assert 0.006 <= latency.down_s <= 0.021
+    assert 0.006 <= latency.up_s <= 0.021
+
+
+def test_clocks_that_lie_near_each_other_are_not_watched() -> None:
+    """Counting cannot tell them apart for certain."""
+    gpu = CountingGpu(0.01)
+    latency = SwitchLatency(0.015, lambda: gpu.now_s, gpu)
+    latency.lock(gpu, 1185, 1200)  # type: ignore[arg-type]
+    assert not latency.is_watching
+
+
+@pytest.mark.parametrize("fault", ["counting fails", "nothing shows"])
+def test_where_counting_shows_nothing_the_register_is_asked(fault: str) -> None:
+    """An error in counting is no error of the clock's."""
+    gpu = CountingGpu(0.02)
+    register = SlowClock(0.02)
+    gpu.sm_clock_mhz = register.sm_clock_mhz  # type: ignore[method-assign]
+    if fault == "nothing shows":
+        gpu.finished = list  # type: ignore[assignment,method-assign]
+    latency = SwitchLatency(0.015, lambda: gpu.now_s, gpu)
+    for clock_mhz in (900, 1200) * 5:
+        gpu.fails = fault == "counting fails"
+        register.now_s = gpu.now_s
+        register.lock(clock_mhz)
+        latency.lock(gpu, clock_mhz, 2100 - clock_mhz)  # type: ignore[arg-type]
+        while latency.is_watching:
+            gpu.now_s += LOOK_EVERY_S
+            register.now_s = gpu.now_s
+            latency.look(gpu)  # type: ignore[arg-type]
+        gpu.now_s += 1.0
+    assert latency.down_s or latency.up_s
+    assert latency.switching.down_s == pytest.approx(0.02, abs=2 * LOOK_EVERY_S)
