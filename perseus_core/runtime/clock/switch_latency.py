@@ -7,9 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from perseus_core.gpu.slices import Slices
 from perseus_core.planning.switching import USUAL_JITTER_S, Switching
-from perseus_core.runtime.clock.seen_change import NUM_BEFORE, change_seen
+from perseus_core.runtime.clock.cycle_counting import CycleCounting
 from perseus_core.runtime.clock.settable_clock import SettableClock
 from perseus_core.runtime.log import logger
 
@@ -19,10 +18,10 @@ LOOK_EVERY_S = 0.001
 _NUM_FIRST = 8
 _ONE_IN = 200
 _NEEDED, _KEPT = 3, 9
-_LIMIT_S = 0.5
-# So many changes in a row that slices did not show, and they are not believed to show any.
+LIMIT_S = 0.5
+# So many changes in a row that counting cycles did not show, and it is not believed to show any.
 _MOST_UNSEEN = 3
-# Between clocks that lie nearer to each other, counting cycles shows no difference for certain.
+# Between clocks that lie nearer to each other it shows no difference for certain.
 _SMALLEST_COUNTED = 1.05
 
 
@@ -42,29 +41,29 @@ class _Change:
 class SwitchLatency:
     """Time from the lock call until the SM clock has changed, up and down each for itself.
 
-    The GPU itself tells where it can count cycles beside training (`Slices`): about one slice of 50 us in a
-    millisecond, only while one of the few changes is watched. Elsewhere the driver's register has to do, which may lag.
+    The GPU itself tells, where it can count cycles beside training. Elsewhere the driver's register has to do, which
+    may lag behind.
 
-    What is seen is never too short, but too long where the thread that looks comes late. A clock that falls too early
-    makes training slower, one that rises too early does not: so a rise counts as taking the median of what was seen, a
-    fall as taking the least. A change that does not show within half a second, because power or heat holds the clock
-    elsewhere, does not count.
+    What is seen is never too short, but too long where a thread comes late. A clock that falls too early makes training
+    slower, one that rises too early does not: so a rise counts as taking the median of what was seen, a fall as taking
+    the least. A change that does not show within half a second, because power or heat holds the clock elsewhere, does
+    not count.
 
     Attributes:
         switching: what changes take, as far as is known.
     """
 
-    def __init__(self, assumed_s: float, now_s: Callable[[], float], slices: Slices | None = None) -> None:
+    def __init__(self, assumed_s: float, now_s: Callable[[], float], counting: CycleCounting | None = None) -> None:
         """Has measured nothing yet.
 
         Args:
             assumed_s: the latency that is taken for true meanwhile.
             now_s: tells the time.
-            slices: has the GPU count cycles; without them its register is asked.
+            counting: has the GPU count cycles; without it its register is asked.
         """
         self._assumed = Switching(assumed_s, assumed_s, USUAL_JITTER_S)
         self._now_s = now_s
-        self._slices = slices
+        self._counting = counting
         self._num_unseen = 0
         self._watched: _Change | None = None
         self._up_s: deque[float] = deque(maxlen=_KEPT)
@@ -92,16 +91,22 @@ class SwitchLatency:
         if self._num_switches > _NUM_FIRST and self._num_switches % _ONE_IN != 0:
             clock.lock(clock_mhz)
             return
-        before_mhz = locked_mhz if self._slices is not None and locked_mhz is not None else clock.sm_clock_mhz()
-        shows = before_mhz != clock_mhz
-        if self._slices is not None:
-            shows = not 1 / _SMALLEST_COUNTED < clock_mhz / before_mhz < _SMALLEST_COUNTED
-        if shows:
-            self._begin_counting()
+        counting = self._counting
+        if counting is None or locked_mhz is None:
+            locked_mhz = max(1, clock.sm_clock_mhz())
+        shows = locked_mhz != clock_mhz
+        if counting is not None:
+            shows = not 1 / _SMALLEST_COUNTED < clock_mhz / locked_mhz < _SMALLEST_COUNTED
+        if counting is not None and shows:
+            counting.begin()
         asked_s = self._now_s()
-        clock.lock(clock_mhz)
+        try:
+            clock.lock(clock_mhz)
+        except BaseException:
+            self.look_no_longer()
+            raise
         if shows:
-            self._watched = _Change(before_mhz, clock_mhz, asked_s)
+            self._watched = _Change(locked_mhz, clock_mhz, asked_s)
             self.look(clock)
 
     def look(self, clock: SettableClock) -> None:
@@ -113,45 +118,31 @@ class SwitchLatency:
         change = self._watched
         if change is None:
             return
-        took_s = self._took_s(change, clock)
+        took_s = self._counted(change) if self._counting is not None else self._registered(change, clock)
         if took_s is not None:
-            self._watched = None
+            self.look_no_longer()
             self._num_unseen = 0
             (self._up_s if change.is_up else self._down_s).append(took_s)
             self.switching = self._measured()
-        elif self._now_s() - change.asked_s >= _LIMIT_S:
-            self._watched = None
+        elif self._now_s() - change.asked_s >= LIMIT_S:
+            self.look_no_longer()
             self._num_unseen += 1
-            if self._num_unseen >= _MOST_UNSEEN and self._slices is not None:
-                self._count_no_more(None)
+        if self._counting is not None and (self._counting.failure is not None or self._num_unseen >= _MOST_UNSEEN):
+            logger.debug("the GPU shows no change by counting; its register is asked", exc_info=self._counting.failure)
+            self.look_no_longer()
+            self._counting = None
 
-    def _took_s(self, change: _Change, clock: SettableClock) -> float | None:
-        """How long it took; None as long as it does not show."""
-        if self._slices is not None:
-            try:
-                self._slices.begin()
-                seen = change_seen(self._slices.finished(), change.asked_s, change.clock_mhz / change.before_mhz)
-            except Exception as error:  # whatever it is, it is not training's business
-                self._count_no_more(error)
-                return None
-            return None if seen is None else seen.after_s
+    def _counted(self, change: _Change) -> float | None:
+        """How long it took, as the GPU shows it; None as long as it does not."""
+        assert self._counting is not None, "asked only where the GPU counts"
+        seen = self._counting.seen(change.asked_s, change.clock_mhz / change.before_mhz)
+        return None if seen is None else seen.after_s
+
+    def _registered(self, change: _Change, clock: SettableClock) -> float | None:
+        """The same, as the register shows it."""
         seen_mhz = clock.sm_clock_mhz()
         elapsed_s = self._now_s() - change.asked_s
         return elapsed_s if abs(seen_mhz - change.clock_mhz) < abs(seen_mhz - change.before_mhz) else None
-
-    def _begin_counting(self) -> None:
-        if self._slices is None:
-            return
-        try:
-            self._slices.forget()
-            for _ in range(NUM_BEFORE):
-                self._slices.begin()
-        except Exception as error:
-            self._count_no_more(error)
-
-    def _count_no_more(self, error: Exception | None) -> None:
-        logger.debug("counting cycles shows no change of clock on this GPU; its register is asked", exc_info=error)
-        self._slices = None
 
     def assume(self, switching: Switching) -> None:
         """What a plan takes for true, until it has been measured here."""
@@ -171,6 +162,8 @@ class SwitchLatency:
     def look_no_longer(self) -> None:
         """Another change is due: how long this one takes will not be known."""
         self._watched = None
+        if self._counting is not None:
+            self._counting.end()
 
     def _measured(self) -> Switching:
         """As far as it is known: of the other direction, or as assumed, until enough changes were seen."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from perseus_core.gpu.errors import GpuLost
 from perseus_core.gpu.slices import Slice
+from perseus_core.runtime.clock.cycle_counting import CycleCounting
 from perseus_core.runtime.clock.switch_latency import LOOK_EVERY_S, SwitchLatency
+from perseus_core.runtime.side_threads import Step
 
 
 class SlowClock:
@@ -17,7 +22,7 @@ class SlowClock:
     def __init__(self, latency_s: float) -> None:
         self.now_s = 100.0
         self.latency_s = latency_s
-        self._changes = [(0.0, 1410)]
+        self._changes: list[tuple[float, int]] = [(0.0, 1410)]
 
     def lock(self, clock_mhz: int) -> None:
         self._changes.append((self.now_s + self.latency_s, clock_mhz))
@@ -85,20 +90,33 @@ def test_few_changes_are_watched() -> None:
 
 
 class CountingGpu(SlowClock):
-    """A GPU that counts cycles on its stream, in the test's time, and a register that never tells the truth."""
+    """A GPU that counts cycles, and a register that never tells the truth; with the side thread that has it count."""
 
     def __init__(self, latency_s: float, call_s: float = 0.0) -> None:
         super().__init__(latency_s)
         self._call_s = call_s
         self._slices: list[Slice] = []
+        self._side: list[tuple[float, Step]] = []  # when each side thread goes on, and with what
         self.fails = False
+        threads: Any = SimpleNamespace(now_s=lambda: self.now_s, start=self.start)
+        self.latency = SwitchLatency(0.015, threads.now_s, CycleCounting(self, threads, 0.5))
 
     def lock(self, clock_mhz: int) -> None:
         super().lock(clock_mhz)
-        self.now_s += self._call_s
+        self.pass_s(self._call_s)
 
     def sm_clock_mhz(self) -> int:
         return 1410
+
+    def change(self, locked_mhz: int, clock_mhz: int) -> None:
+        """Changes the clock, and watches that as the controller does."""
+        self.latency.lock(self, clock_mhz, locked_mhz)  # type: ignore[arg-type]
+        while self.latency.is_watching:
+            self.pass_s(LOOK_EVERY_S)
+            self.latency.look(self)  # type: ignore[arg-type]
+        self.pass_s(1.0)
+
+    # Its slices
 
     def begin(self) -> None:
         if self.fails:
@@ -117,66 +135,99 @@ class CountingGpu(SlowClock):
     def forget(self) -> None:
         self._slices = []
 
+    # Its side threads
 
+    def start(self, name: str, step: Step) -> None:
+        self._side.append((self.now_s, step))
+
+    @property
+    def num_side_threads(self) -> int:
+        return len(self._side)
+
+    def pass_s(self, seconds: float) -> None:
+        until_s = self.now_s + seconds
+        while self._side and min(self._side, key=lambda one: one[0])[0] <= until_s:
+            due_s, step = self._side.pop(self._side.index(min(self._side, key=lambda one: one[0])))
+            self.now_s = max(self.now_s, due_s)
+            wait = step()
+            if wait is not None:
+                assert isinstance(wait, float)
+                self._side.append((self.now_s + wait, step))
+        self.now_s = max(self.now_s, until_s)
+
+
+@pytest.mark.parametrize("call_s", [0.0, 0.02])
 @pytest.mark.parametrize("latency_s", [0.002, 0.015, 0.1, 0.3])
-def test_the_gpu_tells_how_long_its_changes_take(latency_s: float) -> None:
-    """Whatever its register tells, and beyond a tenth of a second; to a millisecond, and never too short."""
-    gpu = CountingGpu(latency_s)
-    latency = SwitchLatency(0.015, lambda: gpu.now_s, gpu)
-    locked_mhz = None
-    for clock_mhz in (900, 1200, 900, 1200, 900, 1200):
-        gpu.latency_s = latency_s if clock_mhz == 1200 else 0.7 * latency_s
-        latency.lock(gpu, clock_mhz, locked_mhz)  # type: ignore[arg-type]
-        locked_mhz = clock_mhz
-        while latency.is_watching:
-            gpu.now_s += LOOK_EVERY_S
-            latency.look(gpu)  # type: ignore[arg-type]
-        gpu.now_s += 1.0
-    assert latency_s <= latency.up_s + 1e-9 <= latency_s + 1.1 * LOOK_EVERY_S
-    assert 0.7 * latency_s <= latency.down_s + 1e-9 <= 0.7 * latency_s + 1.1 * LOOK_EVERY_S
+def test_the_gpu_tells_how_long_its_changes_take(latency_s: float, call_s: float) -> None:
+    """Whatever its register tells, how slow the driver's call is, and beyond a tenth of a second; never too short."""
+    gpu = CountingGpu(latency_s, call_s)
+    for _ in range(3):
+        gpu.latency_s = 0.7 * latency_s
+        gpu.change(1200, 900)
+        gpu.latency_s = latency_s
+        gpu.change(900, 1200)
+    assert 0 <= gpu.latency.up_s - latency_s + 1e-9 < 1.1 * LOOK_EVERY_S
+    assert 0 <= gpu.latency.down_s - 0.7 * latency_s + 1e-9 < 1.1 * LOOK_EVERY_S
+    assert gpu.num_side_threads == 0
 
 
-def test_a_slow_call_makes_what_is_seen_too_long_never_too_short() -> None:
-    """While the driver is asked, nobody gives the GPU anything to count."""
-    gpu = CountingGpu(0.006, call_s=0.020)
-    latency = SwitchLatency(0.015, lambda: gpu.now_s, gpu)
-    locked_mhz = None
-    for clock_mhz in (900, 1200, 900, 1200, 900, 1200):
-        latency.lock(gpu, clock_mhz, locked_mhz)  # type: ignore[arg-type]
-        locked_mhz = clock_mhz
-        while latency.is_watching:
-            gpu.now_s += LOOK_EVERY_S
-            latency.look(gpu)  # type: ignore[arg-type]
-    assert 0.006 <= latency.down_s <= 0.021
-    assert 0.006 <= latency.up_s <= 0.021
+def test_counting_ends_when_another_change_is_due() -> None:
+    """And a change that never shows is not counted for ever."""
+    gpu = CountingGpu(3600.0)
+    gpu.latency.lock(gpu, 900, 1200)  # type: ignore[arg-type]
+    assert gpu.latency.is_watching
+    gpu.pass_s(0.1)
+    assert gpu.num_side_threads == 1
+    gpu.latency.look_no_longer()
+    gpu.pass_s(0.01)
+    assert gpu.num_side_threads == 0
+    gpu.latency.lock(gpu, 1200, 900)  # type: ignore[arg-type]
+    gpu.pass_s(1.0)  # and nobody looks
+    assert gpu.num_side_threads == 0
 
 
 def test_clocks_that_lie_near_each_other_are_not_watched() -> None:
     """Counting cannot tell them apart for certain."""
     gpu = CountingGpu(0.01)
-    latency = SwitchLatency(0.015, lambda: gpu.now_s, gpu)
-    latency.lock(gpu, 1185, 1200)  # type: ignore[arg-type]
-    assert not latency.is_watching
+    gpu.latency.lock(gpu, 1185, 1200)  # type: ignore[arg-type]
+    assert not gpu.latency.is_watching
+    assert gpu.num_side_threads == 0
 
 
-@pytest.mark.parametrize("fault", ["counting fails", "nothing shows"])
+@pytest.mark.parametrize("fault", ["counting fails", "counting fails later", "nothing shows"])
 def test_where_counting_shows_nothing_the_register_is_asked(fault: str) -> None:
     """An error in counting is no error of the clock's."""
     gpu = CountingGpu(0.02)
-    register = SlowClock(0.02)
-    gpu.sm_clock_mhz = register.sm_clock_mhz  # type: ignore[method-assign]
+    gpu.sm_clock_mhz = lambda: SlowClock.sm_clock_mhz(gpu)  # type: ignore[method-assign]
     if fault == "nothing shows":
         gpu.finished = list  # type: ignore[assignment,method-assign]
-    latency = SwitchLatency(0.015, lambda: gpu.now_s, gpu)
-    for clock_mhz in (900, 1200) * 5:
-        gpu.fails = fault == "counting fails"
-        register.now_s = gpu.now_s
-        register.lock(clock_mhz)
-        latency.lock(gpu, clock_mhz, 2100 - clock_mhz)  # type: ignore[arg-type]
-        while latency.is_watching:
-            gpu.now_s += LOOK_EVERY_S
-            register.now_s = gpu.now_s
-            latency.look(gpu)  # type: ignore[arg-type]
-        gpu.now_s += 1.0
-    assert latency.down_s or latency.up_s
-    assert latency.switching.down_s == pytest.approx(0.02, abs=2 * LOOK_EVERY_S)
+    elif fault == "counting fails":
+        gpu.fails = True
+    else:
+        gpu.change(1410, 900)
+        gpu.latency.lock(gpu, 1200, 900)  # type: ignore[arg-type]
+        gpu.fails = True
+        gpu.pass_s(0.003)
+        gpu.latency.look(gpu)  # type: ignore[arg-type]
+        assert not gpu.latency.is_watching
+        gpu.pass_s(1.0)
+    for _ in range(5):
+        gpu.change(1200, 900)
+        gpu.change(900, 1200)
+    assert gpu.latency.switching.up_s == pytest.approx(0.02, abs=2 * LOOK_EVERY_S)
+    assert gpu.latency.switching.down_s == pytest.approx(0.02, abs=2 * LOOK_EVERY_S)
+
+
+def test_a_call_that_fails_is_not_watched() -> None:
+    """The error is the controller's business."""
+    gpu = CountingGpu(0.02)
+
+    def fail(clock_mhz: int) -> None:
+        raise GpuLost("it is lost")
+
+    gpu.lock = fail  # type: ignore[method-assign]
+    with pytest.raises(GpuLost):
+        gpu.latency.lock(gpu, 900, 1200)  # type: ignore[arg-type]
+    gpu.pass_s(0.1)
+    assert not gpu.latency.is_watching
+    assert gpu.num_side_threads == 0
