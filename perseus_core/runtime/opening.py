@@ -55,7 +55,9 @@ def open_session(
     Returns:
         The session; where there is nothing to do, or no way to do it, one that does nothing.
     """
+    events = events or HostEvents()
     if not settings.enabled:
+        events.close()
         return InertSession()
     show_log()
     try:
@@ -65,7 +67,7 @@ def open_session(
         return Session(
             settings,
             job,
-            events or HostEvents(),
+            events,
             store,
             prepare=lambda: prepare(
                 settings, job, device or (lambda: visible_device(_local_rank(local_rank, job))), threads
@@ -80,6 +82,7 @@ def open_session(
         logger.warning("rank %d: %s: %s; training goes on without perseus", job.rank, type(error).__name__, error)
         logger.debug("details", exc_info=error)
         tell_failed(store)
+    events.close()
     return InertSession()
 
 

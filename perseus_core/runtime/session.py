@@ -355,7 +355,7 @@ class Session:
             return None
 
     def _follow_no_further(self) -> None:
-        """The rest of the iteration has no marks: it runs at the driver's clocks or the one held, and is not measured."""
+        """The rest of the iteration has no marks: it follows no plan, and is not measured."""
         self._record = None
         if self._clocks.following:
             self._clocks.hold(None)

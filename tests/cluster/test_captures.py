@@ -9,7 +9,7 @@ import pytest
 from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.ranks.order import Phase
 from perseus_core.runtime.session import _MOST_UNMARKED, Session
-from tests.cluster.cluster import Surroundings, real_session
+from tests.cluster.cluster import Surroundings
 from tests.cluster.test_whole_jobs import Job
 
 WARNING = "is not followed"

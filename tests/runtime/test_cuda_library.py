@@ -85,9 +85,7 @@ def test_a_library_within_another_is_found_by_its_symbols() -> None:
 
 
 @pytest.mark.parametrize("library", [CudaLibrary(None), CudaLibrary(SimpleNamespace())])
-def test_what_a_library_does_not_offer_does_nothing(
-    library: CudaLibrary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_library_does_not_offer_does_nothing(library: CudaLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     """An old one, or none."""
     monkeypatch.setattr(cuda_library, "_loaded", library)
     relax_this_thread()

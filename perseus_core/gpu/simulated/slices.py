@@ -14,7 +14,7 @@ _CYCLES = 100_000
 
 
 class SimulatedSlices:
-    """Counts on one simulated GPU; see `perseus_core.gpu.slices.Slices`. Nobody sleeps for it, and no work is slower."""
+    """Counts on one simulated GPU; see `perseus_core.gpu.slices.Slices`. Its work is not slower for it."""
 
     def __init__(self, gpu: SimulatedGpu) -> None:
         """Counts nothing yet."""

@@ -9,7 +9,6 @@ from typing import Any
 from perseus_core.runtime.cuda_library import CudaLibrary, loaded_library
 from perseus_core.runtime.log import logger
 
-
 # The GPU is given something to do while it is given the rest, so that the first event and what follows it have no gap.
 _LEAD_CYCLES = 40_000
 

@@ -55,6 +55,7 @@ class EventSource(Protocol):
 
     def close(self) -> None:
         """No more marks. Waits for nothing."""
+        return
 
 
 class HostEvent:

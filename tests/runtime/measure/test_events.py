@@ -88,9 +88,7 @@ def test_times_are_the_hosts_whatever_the_anchor_waited_for(
     assert 0 <= event.time_s() - expected_s <= SHARP_S
 
 
-def test_before_an_anchor_is_found_times_count_only_beside_each_other(
-    cuda: FakeCuda, threads: SteppedThreads
-) -> None:
+def test_before_an_anchor_is_found_times_count_only_beside_each_other(cuda: FakeCuda, threads: SteppedThreads) -> None:
     """The first one refers to an event that nobody has seen being reached."""
     cuda.one_queue = True
     cuda.busy_until_s = cuda.now_s + 0.02
@@ -103,9 +101,7 @@ def test_before_an_anchor_is_found_times_count_only_beside_each_other(
     assert end.time_s() - begin.time_s() == pytest.approx(0.007)
 
 
-def test_an_anchor_that_is_not_sharp_is_refused(
-    cuda: FakeCuda, threads: SteppedThreads, events: CudaEvents
-) -> None:
+def test_an_anchor_that_is_not_sharp_is_refused(cuda: FakeCuda, threads: SteppedThreads, events: CudaEvents) -> None:
     """As where the thread that looks does not get the interpreter. The last one stays, until it is too old."""
     threads.let_pass(LONG_S)
     adopt(events)
