@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
-from perseus_core.runtime.cuda_library import relax_this_thread
+from perseus_core.runtime.cuda_driver import relax_this_thread
 from perseus_core.runtime.log import logger
 
 T = TypeVar("T")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from perseus_core.runtime.cuda_library import CudaLibrary, loaded_library
+from perseus_core.runtime.cuda_driver import loaded_driver
 from perseus_core.runtime.log import logger
 
 # The GPU is given something to do while it is given the rest, so that the first event and what follows it have no gap.
@@ -41,15 +43,15 @@ class Cuda:
 
     def own_stream(self) -> OwnStream:
         """A new stream that nobody else has."""
-        library = loaded_library()
+        driver = loaded_driver()
         with self._torch.cuda.device(self.device):
-            handle = None if library is None else library.create_stream()
-            if library is None or handle is None:
+            handle = None if driver is None else driver.create_stream()
+            if driver is None or handle is None:
                 # One of 32 that torch hands out in turn: others may have it, too, and put work or a capture on it.
                 logger.debug("no stream of our own is to be had, torch's are shared")
-                return OwnStream(self._torch, self._torch.cuda.Stream(self.device))
+                return OwnStream(self._torch, self.device, self._torch.cuda.Stream(self.device))
             stream = self._torch.cuda.ExternalStream(handle, device=self.device)
-        return OwnStream(self._torch, stream, library, handle)
+        return OwnStream(self._torch, self.device, stream, lambda: driver.destroy_stream(handle))
 
 
 class OwnStream:
@@ -59,12 +61,12 @@ class OwnStream:
         is_shared: whether others may use it as well.
     """
 
-    def __init__(self, torch: Any, stream: Any, library: CudaLibrary | None = None, handle: int | None = None) -> None:
-        """Made by `Cuda.own_stream`; without a handle it is one of torch's."""
-        self._torch, self._stream, self._library, self._handle = torch, stream, library, handle
+    def __init__(self, torch: Any, device: Any, stream: Any, destroy: Callable[[], None] | None = None) -> None:
+        """Made by `Cuda.own_stream`; one that is not to be destroyed is one of torch's."""
+        self._torch, self._device, self._stream, self._destroy = torch, device, stream, destroy
         self._closed = False
         self._lock = threading.Lock()  # a stream that is gone must not be used: that is a crash, and no error
-        self.is_shared = handle is None
+        self.is_shared = destroy is None
 
     def record(self, event: Any) -> None:
         """Puts an event on it.
@@ -72,12 +74,9 @@ class OwnStream:
         Raises:
             RuntimeError: if that is not possible, or it is closed.
         """
-        with self._lock:
-            self._refuse_if_closed()
-            if self.is_shared:
-                with self._torch.cuda.stream(self._stream):
-                    if self._torch.cuda.is_current_stream_capturing():
-                        raise RuntimeError("the stream is being captured by somebody else")
+        with self._in_use():
+            if self.is_shared and self._torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("the stream is being captured by somebody else")
             event.record(self._stream)
 
     def spin(self, begin: Any, cycles: int, end: Any) -> None:
@@ -86,21 +85,28 @@ class OwnStream:
         Raises:
             RuntimeError: if that is not possible, or it is closed.
         """
-        with self._lock:
-            self._refuse_if_closed()
-            with self._torch.cuda.stream(self._stream):
-                self._torch.cuda._sleep(_LEAD_CYCLES)
-                begin.record(self._stream)
-                self._torch.cuda._sleep(cycles)
-                end.record(self._stream)
+        with self._in_use():
+            self._torch.cuda._sleep(_LEAD_CYCLES)
+            begin.record(self._stream)
+            self._torch.cuda._sleep(cycles)
+            end.record(self._stream)
 
     def close(self) -> None:
         """Gives it up; what is on it is still done. Any number of times."""
         with self._lock:
-            if not self._closed and self._library is not None and self._handle is not None:
-                self._library.destroy_stream(self._handle)
+            if not self._closed and self._destroy is not None:
+                self._destroy()
             self._closed = True
 
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise RuntimeError("the stream is closed")
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Makes it this thread's current stream.
+
+        And its GPU this thread's current one first: leaving the stream would otherwise go back to the first GPU, where
+        a thread begins, and leave a context of half a gigabyte there.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the stream is closed")
+            with self._torch.cuda.device(self._device), self._torch.cuda.stream(self._stream):
+                yield

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from perseus_core.gpu.slices import Slice, Slices
-from perseus_core.runtime.cuda_library import relaxed
+from perseus_core.runtime.cuda_driver import relaxed
 from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.anchors import Anchor, AnchorFinder
 from perseus_core.runtime.measure.cuda import Cuda
@@ -65,11 +65,12 @@ class CudaEvents(EventSource):
         """
         self._cuda = Cuda(device) if cuda is None else cuda
         self._threads = OwnThreads() if threads is None else threads
-        self._stream = self._cuda.own_stream()
         self._pool: list[Any] = []
-        self._can_spin = self._load_spinning()
-        recorded_s = self._threads.now_s()
-        self._anchor = Anchor(self._record_anchor(), recorded_s)
+        with relaxed():
+            self._stream = self._cuda.own_stream()
+            self._can_spin = self._load_spinning()
+            recorded_s = self._threads.now_s()
+            self._anchor = Anchor(self._record_anchor(), recorded_s)
         self._finder = AnchorFinder(self._anchor, self._record_anchor, self._threads.now_s)
         self._thread: SideThread | None = None
 
@@ -107,7 +108,8 @@ class CudaEvents(EventSource):
         self._finder.is_stopping = True
         if self._thread is not None:
             self._thread.wake()
-        self._stream.close()
+        with relaxed():
+            self._stream.close()
 
     def take_back(self, event: Any) -> None:
         """Puts a CUDA event that nobody refers to any more back into the pool."""

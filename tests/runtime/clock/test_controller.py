@@ -336,7 +336,8 @@ def test_the_gpu_tells_how_long_changes_take_whatever_its_register_says(
             wait_until(lambda: controller.is_guarded)
             for clock_mhz in (600, 900) * 4:
                 controller.hold(clock_mhz)
-                wait_until(lambda: controller.clock_in_force_mhz == clock_mhz and not controller._latency.is_watching)
+                wait_until(lambda mhz=clock_mhz: controller.clock_in_force_mhz == mhz)
+                wait_until(lambda: not controller._latency.is_watching)
             up_s, down_s = controller.measured_latencies_s
             assert (controller.switching.up_s, controller.switching.down_s) == (up_s, down_s)
             assert up_s == pytest.approx(0.15, abs=0.03)

@@ -1,4 +1,4 @@
-"""As much of torch and of the CUDA runtime library as marks need, on a GPU in virtual time that works as told."""
+"""As much of torch and of the CUDA driver as marks need, on a GPU in virtual time that works as told."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class FakeCuda(ModuleType):
         self.num_events = 0
         self.handles: list[int] = []
         self._current = ["compute"]
+        self._num_devices = 0
         self._ends_s: dict[str, float] = {}
 
     def init(self) -> None: ...
@@ -54,10 +55,15 @@ class FakeCuda(ModuleType):
 
     @contextmanager
     def device(self, *_: Any) -> Iterator[None]:
-        yield
+        self._num_devices += 1
+        try:
+            yield
+        finally:
+            self._num_devices -= 1
 
     @contextmanager
     def stream(self, stream: str) -> Iterator[None]:
+        assert self._num_devices, "another GPU is this thread's current one, and would get a context"
         self._current.append(stream)
         try:
             yield
@@ -116,8 +122,8 @@ class FakeEvent:
         return ((end.reached_s - GPU_STARTED_S) - (self.reached_s - GPU_STARTED_S)) * 1000
 
 
-class FakeLibrary:
-    """The CUDA runtime library, with one thread that calls it.
+class FakeDriver:
+    """The CUDA driver, with one thread that calls it.
 
     Attributes:
         mode: of the thread.
@@ -130,13 +136,13 @@ class FakeLibrary:
         self.streams: set[int] = set()
         self.fails = False
 
-    def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> int:  # noqa: N802
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:  # noqa: N802
         if self.fails:
             return 999
         mode._obj.value, self.mode = self.mode, mode._obj.value
         return 0
 
-    def cudaStreamCreateWithFlags(self, stream: Any, flags: ctypes.c_uint) -> int:  # noqa: N802
+    def cuStreamCreate(self, stream: Any, flags: ctypes.c_uint) -> int:  # noqa: N802
         if self.fails:
             return 999
         assert flags.value == 1, "waits for the legacy stream otherwise"
@@ -144,7 +150,7 @@ class FakeLibrary:
         self.streams.add(stream._obj.value)
         return 0
 
-    def cudaStreamDestroy(self, stream: ctypes.c_void_p) -> int:  # noqa: N802
+    def cuStreamDestroy_v2(self, stream: ctypes.c_void_p) -> int:  # noqa: N802
         assert stream.value is not None
         self.streams.remove(stream.value)
         return 0

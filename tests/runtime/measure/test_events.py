@@ -8,25 +8,25 @@ from collections.abc import Callable
 
 import pytest
 
-from perseus_core.runtime import cuda_library
-from perseus_core.runtime.cuda_library import CudaLibrary
+from perseus_core.runtime import cuda_driver
+from perseus_core.runtime.cuda_driver import CudaDriver
 from perseus_core.runtime.measure.anchors import SHARP_S
 from perseus_core.runtime.measure.cuda_events import CudaEvents
 from perseus_core.runtime.measure.events import HostEvents, NotRecorded
-from tests.runtime.measure.fake_cuda import GLOBAL, RELAXED, FakeCuda, FakeLibrary, SteppedThreads
+from tests.runtime.measure.fake_cuda import GLOBAL, RELAXED, FakeCuda, FakeDriver, SteppedThreads
 
 LONG_S = 0.1
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
-    fake = FakeLibrary()
-    monkeypatch.setattr(cuda_library, "_loaded", CudaLibrary(fake))
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver()
+    monkeypatch.setattr(cuda_driver, "_loaded", CudaDriver(fake))
     return fake
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch, library: FakeLibrary) -> FakeCuda:
+def cuda(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> FakeCuda:
     fake = FakeCuda()
     monkeypatch.setitem(sys.modules, "torch", fake)
     return fake
@@ -187,49 +187,49 @@ def test_what_cannot_be_told_of_a_stream_is_no_error_of_trainings(
         events.record()
 
 
-def test_the_training_thread_is_relaxed_only_while_it_asks(library: FakeLibrary, events: CudaEvents) -> None:
+def test_the_training_thread_is_relaxed_only_while_it_asks(driver: FakeDriver, events: CudaEvents) -> None:
     """Whoever captures a graph on it finds the mode that it had."""
     with events.between_iterations():
-        assert library.mode == RELAXED
-    assert library.mode == GLOBAL
+        assert driver.mode == RELAXED
+    assert driver.mode == GLOBAL
     with pytest.raises(ZeroDivisionError), events.between_iterations():
         raise ZeroDivisionError
-    assert library.mode == GLOBAL
+    assert driver.mode == GLOBAL
 
 
 def test_our_own_stream_is_nobody_elses_and_is_destroyed(
-    cuda: FakeCuda, library: FakeLibrary, threads: SteppedThreads, events: CudaEvents
+    cuda: FakeCuda, driver: FakeDriver, threads: SteppedThreads, events: CudaEvents
 ) -> None:
     """Even while one of our threads would still use it."""
-    assert set(cuda.handles) == library.streams != set()
+    assert set(cuda.handles) == driver.streams != set()
     slices = events.slices("GPU-0")
     assert slices is not None
     events.close()
     events.close()
-    assert not library.streams
+    assert not driver.streams
     with pytest.raises(RuntimeError, match="closed"):
         slices.begin()
     assert threads.started[0].step() is None
 
 
-def _without_symbols(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_library, "_loaded", CudaLibrary(None))
+def _without_symbols(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "_loaded", CudaDriver(None))
 
 
-def _failing(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    library.fails = True
+def _failing(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.fails = True
 
 
 @pytest.mark.parametrize("break_it", [_without_symbols, _failing])
 def test_without_a_stream_of_our_own_one_of_torchs_must_do(
     cuda: FakeCuda,
-    library: FakeLibrary,
+    driver: FakeDriver,
     threads: SteppedThreads,
     monkeypatch: pytest.MonkeyPatch,
-    break_it: Callable[[FakeLibrary, pytest.MonkeyPatch], None],
+    break_it: Callable[[FakeDriver, pytest.MonkeyPatch], None],
 ) -> None:
     """Others may have it, too: no slices there, and no anchor while somebody captures on it."""
-    break_it(library, monkeypatch)
+    break_it(driver, monkeypatch)
     events = CudaEvents(threads=threads)
     events.record()
     assert events.slices("GPU-0") is None
