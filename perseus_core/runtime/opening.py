@@ -55,10 +55,8 @@ def open_session(
     Returns:
         The session; where there is nothing to do, or no way to do it, one that does nothing.
     """
-    events = events or HostEvents()
     if not settings.enabled:
-        events.close()
-        return InertSession()
+        return _no_session(events)
     show_log()
     try:
         if store is None:
@@ -67,7 +65,7 @@ def open_session(
         return Session(
             settings,
             job,
-            events,
+            events or HostEvents(),
             store,
             prepare=lambda: prepare(
                 settings, job, device or (lambda: visible_device(_local_rank(local_rank, job))), threads
@@ -82,7 +80,12 @@ def open_session(
         logger.warning("rank %d: %s: %s; training goes on without perseus", job.rank, type(error).__name__, error)
         logger.debug("details", exc_info=error)
         tell_failed(store)
-    events.close()
+    return _no_session(events)
+
+
+def _no_session(events: EventSource | None) -> InertSession:
+    if events is not None:
+        events.close()
     return InertSession()
 
 
