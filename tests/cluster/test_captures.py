@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from perseus_core.planning.schedule import Kind
+from perseus_core.runtime.ranks import records
 from perseus_core.runtime.ranks.order import Phase
 from perseus_core.runtime.session import _MOST_UNMARKED, Session
 from tests.cluster.cluster import Surroundings
@@ -21,10 +23,13 @@ class CapturingJob(Job):
     Attributes:
         captures_at: of a rank, an iteration and an instruction's place in it (-1: the iteration's begin), whether the
             stream is captured there.
+        lost_at: in which iterations nobody knows the host's time of what the GPUs do.
     """
 
-    def __init__(self, captures_at: Callable[[int, int, int], bool]) -> None:
-        self.captures_at = captures_at
+    def __init__(
+        self, captures_at: Callable[[int, int, int], bool], lost_at: Callable[[int], bool] = lambda _: False
+    ) -> None:
+        self.captures_at, self.lost_at = captures_at, lost_at
         self.sessions: dict[int, Session] = {}
         super().__init__(pipelines=1, tensor_parallel=1)
 
@@ -39,6 +44,7 @@ class CapturingJob(Job):
             nonlocal place
             place = -1
             events.is_captured = self.captures_at(rank, session._iteration, place)
+            events.is_lost = self.lost_at(session._iteration)
             begin_iteration(num_microbatches, training=training)
 
         def instruction_captured(chunk: int, microbatch: int, kind: Kind) -> None:
@@ -98,3 +104,27 @@ def test_a_stream_that_is_captured_for_good_ends_our_part() -> None:
     assert job.sessions[1].status().phase is Phase.STEPPED_ASIDE
     controllers = [session._clocks._controller for session in job.sessions.values()]
     assert all(controller is None or controller.clock_in_force_mhz is None for controller in controllers)
+
+
+def test_marks_that_do_not_tell_the_hosts_time_give_durations_and_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Energies of such iterations are unknown, their times count; and the job is planned all the same."""
+    times, energies = dict[int, float](), dict[int, float]()
+    tell_time, tell_energy = records.iteration_time, records.iteration_energy
+
+    def note_time(rank: int, iteration: int, num_microbatches: int, span_s: float, *others: Any) -> bytes:
+        times[iteration] = span_s
+        return tell_time(rank, iteration, num_microbatches, span_s, *others)
+
+    def note_energy(rank: int, iteration: int, energy_j: float) -> bytes:
+        energies[iteration] = energy_j
+        return tell_energy(rank, iteration, energy_j)
+
+    monkeypatch.setattr(records, "iteration_time", note_time)
+    monkeypatch.setattr(records, "iteration_energy", note_energy)
+    job = CapturingJob(lambda rank, iteration, place: False, lost_at=lambda iteration: iteration % 4 == 2)
+    job.run_until_plan(1)
+    known = [iteration for iteration in energies if 4 <= iteration < max(energies) - 4]
+    assert len(known) > 20
+    assert {iteration % 4 for iteration in known if energies[iteration] == 0} == {2}
+    assert {iteration % 4 for iteration in known if energies[iteration] > 0} == {0, 1, 3}
+    assert all(times[iteration] > 0 for iteration in known)

@@ -28,20 +28,26 @@ class VirtualEvents(EventSource):
     Attributes:
         next: the mark for what the host does at this moment.
         is_captured: somebody captures a CUDA graph on the stream.
+        is_lost: nobody knows where the GPU's time lies on the host's clock.
     """
 
-    __slots__ = ("is_captured", "next")
+    __slots__ = ("is_captured", "is_lost", "next")
 
     def __init__(self) -> None:
         """A mark that nobody reaches, until the host works."""
         self.next = Mark()
-        self.is_captured = False
+        self.is_captured = self.is_lost = False
 
     def record(self) -> Mark:
         """See `EventSource`."""
         if self.is_captured:
             raise NotRecorded("a CUDA graph is captured there")
         return self.next
+
+    @property
+    def knows_host_time(self) -> bool:
+        """See `EventSource`."""
+        return not self.is_lost
 
 
 @dataclass
