@@ -42,7 +42,7 @@ _USABLE_S = 0.002
 # How often to look at an event that is not reached: often as a rule, seldom where the GPU seems to hang.
 _LOOK_EVERY_S = 0.0002
 _LOOK_EVERY_S_LATER = 0.01
-_LATER_S = 0.5
+_LATER_S = 2.0
 
 
 class Anchor(NamedTuple):
@@ -118,12 +118,15 @@ class AnchorFinder:
             self._earliest_s = looked_s
             return _LOOK_EVERY_S if looked_s - self._recorded_s < _LATER_S else _LOOK_EVERY_S_LATER
         seen_s = self._now_s()
+        has_waited = self._earliest_s > self._recorded_s
         found = Anchor(self._event, seen_s, seen_s - self._earliest_s)
         self._event = None
         self._num_tries += 1
         if self._best is None or found.uncertainty_s < self._best.uncertainty_s:
             self._best = found
-        if self._best.uncertainty_s > _GOOD_ENOUGH_S and self._num_tries < _TRIES:
+        # One that had to wait is as uncertain as looks lie apart, and so will be the next one.
+        enough_s = SHARP_S if has_waited else _GOOD_ENOUGH_S
+        if self._best.uncertainty_s > enough_s and self._num_tries < _TRIES:
             return 0.0
         return self._end_round(self._best)
 

@@ -88,6 +88,23 @@ def test_times_are_the_hosts_whatever_the_anchor_waited_for(
     assert 0 <= event.time_s() - expected_s <= SHARP_S
 
 
+def test_an_anchor_that_had_to_wait_is_not_tried_again(
+    cuda: FakeCuda, threads: SteppedThreads, events: CudaEvents
+) -> None:
+    """Looking is work, and where everything waits the next one is no sharper."""
+    cuda.one_queue = True
+    cuda.busy_until_s = cuda.now_s + 1.8
+    before = cuda.num_events
+    threads.let_pass(1.5)
+    adopt(events)
+    assert cuda.num_events == before + 1
+    assert not events.knows_host_time
+    threads.let_pass(1.0)
+    adopt(events)
+    assert cuda.num_events == before + 1
+    assert events.knows_host_time
+
+
 def test_before_an_anchor_is_found_times_count_only_beside_each_other(cuda: FakeCuda, threads: SteppedThreads) -> None:
     """The first one refers to an event that nobody has seen being reached."""
     cuda.one_queue = True
