@@ -51,12 +51,14 @@ def differences(schedules: ModuleType, combined: ModuleType | None) -> list[str]
 
 def why_not(config: Any) -> str:
     """Why a job with this configuration cannot be followed; empty if it can."""
-    graph_scope = str(getattr(config, "cuda_graph_scope", None))
-    has_graph = getattr(config, "enable_cuda_graph", False) or getattr(config, "cuda_graph_impl", "none") != "none"
-    if has_graph and "full_iteration" in graph_scope:
+    graph_impl = getattr(config, "cuda_graph_impl", "none")
+    has_graph = getattr(config, "enable_cuda_graph", False) or graph_impl != "none"
+    in_scope = has_graph and "full_iteration" in str(getattr(config, "cuda_graph_scope", None))
+    if in_scope or graph_impl == "full_iteration":  # an implementation of its own from 0.18
+        option = "--cuda-graph-scope" if in_scope else "--cuda-graph-impl"
         return (
             "full-iteration CUDA graphs replay the whole iteration in one piece, and between its instructions there is "
-            "no place to change the clock; leave full_iteration out of --cuda-graph-scope"
+            f"no place to change the clock; leave full_iteration out of {option}"
         )
     if getattr(config, "hybrid_context_parallel", False):
         return "hybrid context parallelism runs other microbatches in every iteration"

@@ -10,6 +10,7 @@ The training thread; nothing here waits for another rank, a file, the driver or 
             order = conversation.order         #   ranks/order: phase, plans, what is to be reported
             clocks.follow(plan)                #   clock/stage_clocks: the plan's clocks, one that is held, or none
             record = Record(event)             #   measure/recorder, measure/events: a mark on the compute stream
+                                               #     (cuda_events); none while a CUDA graph is captured there
         for each instruction of this stage:
             session.begin_instruction()        # a mark; handed to the controller
             ...                                #   forward or backward, the framework's
@@ -23,8 +24,10 @@ The training thread; nothing here waits for another rank, a file, the driver or 
 Beside it, on every rank (`side_threads` says what a side thread is):
 
     sampler                                    # measure/sampler: follows the energy counter
+    anchors                                    # measure/anchors: where the GPU's time lies on the host's clock
     controller                                 # clock/controller: waits for the marks, goes by clock/lookahead, asks
-                                               #   for clocks as early as changes take (clock/switch_latency)
+                                               #   for clocks as early as changes take (clock/switch_latency; the
+                                               #   GPU counts cycles meanwhile: clock/cycle_counting, seen_change)
         guarded clock, watchdog                # clock/give_back, watchdog, clock_owner: it comes back whatever happens
     conversation                               # ranks/conversation: about once a second
         store.append(records)                  #   ranks/store: the job's own rendezvous store

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.discovery import device_by_uuid
 from perseus_core.gpu.simulated.activation import ENVIRONMENT_VARIABLE as SIMULATED_GPUS
+from perseus_core.gpu.simulated.activation import open_node
+from perseus_core.gpu.simulated.slices import SimulatedSlices
+from perseus_core.gpu.slices import Slices
 from perseus_core.planning.schedule import Kind
 from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.log import logger, show_log
-from perseus_core.runtime.measure.events import CudaEvents, EventSource, HostEvents
+from perseus_core.runtime.measure.cuda_events import CudaEvents
+from perseus_core.runtime.measure.events import EventSource, HostEvents
 from perseus_core.runtime.opening import tell_failed, visible_device
 
 if TYPE_CHECKING:
@@ -236,5 +240,16 @@ def device_of_rank(torch_device: torch.device, local_rank: int) -> Device:
 
 
 def events_of(torch_device: torch.device) -> EventSource:
-    """The marks on the stream that a rank computes on."""
-    return CudaEvents(torch_device) if torch_device.type == "cuda" else HostEvents()
+    """The marks on the stream that a rank computes on, on the CPU those of its simulated GPU."""
+    return CudaEvents(torch_device) if torch_device.type == "cuda" else _EventsOfSimulatedGpus()
+
+
+class _EventsOfSimulatedGpus(HostEvents):
+    """Marks of a program that computes on the CPU, which simulated GPUs count cycles beside."""
+
+    def slices(self, gpu_uuid: str) -> Slices | None:
+        """Of the GPU with this UUID, if there is one."""
+        if SIMULATED_GPUS not in os.environ:
+            return None
+        gpus = (gpu for gpu in open_node().gpus if gpu.identity.uuid == gpu_uuid)
+        return next((SimulatedSlices(gpu) for gpu in gpus), None)

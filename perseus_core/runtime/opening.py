@@ -56,7 +56,7 @@ def open_session(
         The session; where there is nothing to do, or no way to do it, one that does nothing.
     """
     if not settings.enabled:
-        return InertSession()
+        return _no_session(events)
     show_log()
     try:
         if store is None:
@@ -80,6 +80,12 @@ def open_session(
         logger.warning("rank %d: %s: %s; training goes on without perseus", job.rank, type(error).__name__, error)
         logger.debug("details", exc_info=error)
         tell_failed(store)
+    return _no_session(events)
+
+
+def _no_session(events: EventSource | None) -> InertSession:
+    if events is not None:
+        events.close()
     return InertSession()
 
 

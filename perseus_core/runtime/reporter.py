@@ -250,6 +250,15 @@ class Reporter:
             f"no plan {num_microbatches}", "%s has no plan and runs at the clocks the driver chooses", what
         )
 
+    def not_followed(self, iteration: int, why: str) -> None:
+        """An iteration could not be marked on the compute stream."""
+        self._announcer.warn_once(
+            "not followed",
+            "iteration %d is not followed (%s); such run at the clocks the driver chooses, and are not measured",
+            iteration,
+            why,
+        )
+
     def order_differs(self) -> None:
         """An iteration ran in another order than planned."""
         self._announcer.warn_once(

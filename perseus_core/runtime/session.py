@@ -21,7 +21,7 @@ from perseus_core.runtime.clock.settable_clock import Guard
 from perseus_core.runtime.clock.stage_clocks import StageClocks
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, logger
-from perseus_core.runtime.measure.events import Event, EventSource
+from perseus_core.runtime.measure.events import Event, EventSource, NotRecorded
 from perseus_core.runtime.measure.meter import Meter
 from perseus_core.runtime.measure.recorder import Expectation, Record
 from perseus_core.runtime.measure.sweep import sweep_clocks
@@ -41,6 +41,8 @@ from perseus_core.runtime.side_threads import SideThreads
 
 # What a session may take of training when it ends, whatever hangs.
 _ENDING_S = 0.9
+# So many iterations in a row may pass in which no mark can be put on the compute stream.
+_MOST_UNMARKED = 100
 # A driver or a file system that has not answered by then has hung.
 _PREPARING_LIMIT_S = 20.0
 
@@ -90,7 +92,7 @@ class Session:
             guard: makes the clock that is set, and given back.
         """
         self._settings, self._job = settings, job
-        self._record_event = events.record
+        self._events = events
         self._threads, self._guard = threads, guard
         self._announcer = announcer
         self._iteration = 0
@@ -123,6 +125,7 @@ class Session:
             )
 
         self._record: Record | None = None
+        self._num_unmarked = 0  # iterations in a row that could not be followed for want of marks
         self._order = Order()  # the one in force
         self._awaited = Order()  # the newest, which may hold from a later iteration on
         self._stage_plan: StagePlan | None = None  # what the iteration should execute, where that is known
@@ -153,9 +156,10 @@ class Session:
             if self._is_silent or self._preparing is not None:
                 return
             num_microbatches = num_microbatches if training else 0
-            begin = self._record_event()
+            begin = self._mark()
             expectation = self._set_out(number, num_microbatches, begin)
-            self._record = Record(number, num_microbatches, begin, expectation)
+            if begin is not None:
+                self._record = Record(number, num_microbatches, begin, expectation, self._events.knows_host_time)
         except Exception as error:
             self._fail(error)
 
@@ -165,7 +169,10 @@ class Session:
         if record is None:
             return
         try:
-            event = self._record_event()
+            event = self._mark()
+            if event is None:
+                self._follow_no_further()
+                return
             self._clocks.instruction_begins(event)
             step = (chunk, microbatch, kind)
             plan = self._stage_plan
@@ -184,7 +191,10 @@ class Session:
         if record is None:
             return
         try:
-            event = self._record_event()
+            event = self._mark()
+            if event is None:
+                self._follow_no_further()
+                return
             self._clocks.instruction_ends(event)
             record.ends.append(event)
         except Exception as error:
@@ -311,10 +321,14 @@ class Session:
         elif order.phase is Phase.STEPPED_ASIDE:
             self._release(0.0, failed=False)
 
-    def _set_out(self, number: int, num_microbatches: int, begin: Event) -> Expectation:
-        """Sees to the clocks of the iteration that begins, and says what is expected of it."""
+    def _set_out(self, number: int, num_microbatches: int, begin: Event | None) -> Expectation:
+        """Sees to the clocks of the iteration that begins, and says what is expected of it.
+
+        One without marks cannot follow a plan; one clock can be held all the same, from about its beginning on.
+        """
         order, self._stage_plan = self._order, None
-        plan = order.plan_for(num_microbatches) if order.plans_run_in(number) else None
+        runs_plan = order.plans_run_in(number) and begin is not None
+        plan = order.plan_for(num_microbatches) if runs_plan else None
         if plan is not None:
             self._stage_plan = stage = self._stage_plans[plan.number]
             self._clocks.follow(stage.clocks, plan.switching)
@@ -324,10 +338,27 @@ class Session:
             clock_mhz = self._meter.sweep_clock_mhz(number - order.from_iteration)
             self._clocks.hold(clock_mhz, begin)
             return Expectation(held_mhz=clock_mhz)
-        if order.plans and order.plans_run_in(number):
+        if order.plans and runs_plan:
             self._reporter.cannot_follow(num_microbatches)
         self._clocks.hold(None, begin)
         return Expectation()
+
+    def _mark(self) -> Event | None:
+        """A mark on the compute stream; none where there can be none now: the iteration is not followed then."""
+        try:
+            return self._events.record()
+        except NotRecorded as why:
+            self._num_unmarked += 1
+            if self._num_unmarked > _MOST_UNMARKED:
+                raise
+            self._reporter.not_followed(self._iteration - 1, str(why))
+            return None
+
+    def _follow_no_further(self) -> None:
+        """The rest of the iteration has no marks: it follows no plan, and is not measured."""
+        self._record = None
+        if self._clocks.following:
+            self._clocks.hold(None)
 
     def _leave_order(self, record: Record) -> None:
         """Something else is executed than was planned: the rest of the iteration runs at the driver's clocks."""
@@ -345,11 +376,14 @@ class Session:
             if self._stage_plan is not None and len(record.steps) != len(self._stage_plan.steps):
                 record.in_order = False
             if complete and whole:
-                record.end = self._record_event()
+                record.end = self._mark()
+            if record.end is not None:
+                self._num_unmarked = 0
                 self._meter.recorder.keep(record)
         if self._is_silent:
             return
-        self._meter.take_in()
+        with self._events.between_iterations():
+            self._meter.take_in()
         rank, tell = self._job.rank, self._conversation.tell
         for t in self._meter.new_timings():
             tell(
@@ -390,7 +424,13 @@ class Session:
         self._meter = Meter(self._job.stage, device, self._threads)
         self._meter.start()
         settable = None if self._settings.measure_only else device
-        self._clocks = StageClocks(settable, self._settings.switching.up_s, threads=self._threads, guard=self._guard)
+        self._clocks = StageClocks(
+            settable,
+            self._settings.switching.up_s,
+            threads=self._threads,
+            guard=self._guard,
+            slices=None if settable is None else self._events.slices(settable.uuid),
+        )
         self._clocks.start()
         if self._rank_zero is not None and self._prepared.planner is not None:
             if self._policy is not None:
@@ -472,6 +512,7 @@ class Session:
         if self._rank_zero is not None:
             self._rank_zero.join(max(0.0, until_s - self._threads.now_s()))
         self._threads.close()
+        self._events.close()
 
 
 def _limits(settings: Settings) -> Limits:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+from perseus_core.runtime.cuda_driver import relax_this_thread
 from perseus_core.runtime.log import logger
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class SideThreads(Protocol):
 
 
 class OwnThreads:
-    """Threads of this process, and its monotonic time."""
+    """Threads of this process, and its monotonic time. Nothing they do makes a CUDA graph's capture invalid."""
 
     def __init__(self) -> None:
         """Starts no thread yet."""
@@ -90,6 +91,7 @@ class OwnThreads:
         self._tasks.put(None)
 
     def _work(self) -> None:
+        relax_this_thread()
         while (task := self._tasks.get()) is not None:
             future, function = task
             try:
@@ -116,6 +118,7 @@ class _OwnThread:
 
     def _run(self) -> None:
         try:
+            relax_this_thread()
             while (wait := self._step()) is not None:
                 if not isinstance(wait, (int, float)):
                     wait.wait()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from perseus_core.planning.dag import data_dependencies
 from perseus_core.planning.schedule import Instruction, InstructionType, Kind, Schedule
 from perseus_core.runtime.adapter import FollowedSession
+from perseus_core.runtime.measure.events import EventSource, NotRecorded
 from tests.cluster.virtual_gpu import OUTSIDE, WAITING, VirtualGpu, Work
 from tests.cluster.virtual_threads import EventQueue, Mark, VirtualThreads
 
@@ -21,22 +22,32 @@ from tests.cluster.virtual_threads import EventQueue, Mark, VirtualThreads
 _REMEMBERED_ACTIVITIES = 500
 
 
-class VirtualEvents:
+class VirtualEvents(EventSource):
     """Marks on one rank's stream: `EventSource` in virtual time.
 
     Attributes:
         next: the mark for what the host does at this moment.
+        is_captured: somebody captures a CUDA graph on the stream.
+        is_lost: nobody knows where the GPU's time lies on the host's clock.
     """
 
-    __slots__ = ("next",)
+    __slots__ = ("is_captured", "is_lost", "next")
 
     def __init__(self) -> None:
         """A mark that nobody reaches, until the host works."""
         self.next = Mark()
+        self.is_captured = self.is_lost = False
 
     def record(self) -> Mark:
         """See `EventSource`."""
+        if self.is_captured:
+            raise NotRecorded("a CUDA graph is captured there")
         return self.next
+
+    @property
+    def knows_host_time(self) -> bool:
+        """See `EventSource`."""
+        return not self.is_lost
 
 
 @dataclass

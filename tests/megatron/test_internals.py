@@ -74,6 +74,8 @@ def test_hooks_come_off() -> None:
     [
         ({"cuda_graph_impl": "local", "cuda_graph_scope": [Scope.full_iteration]}, True),
         ({"enable_cuda_graph": True, "cuda_graph_scope": "full_iteration"}, True),
+        ({"cuda_graph_impl": "full_iteration", "cuda_graph_scope": None}, True),
+        ({"cuda_graph_impl": "local", "cuda_graph_scope": None}, False),
         ({"cuda_graph_impl": "local", "cuda_graph_scope": [Scope.attn]}, False),
         ({"cuda_graph_impl": "none", "cuda_graph_scope": [Scope.full_iteration]}, False),
         ({"hybrid_context_parallel": True}, True),

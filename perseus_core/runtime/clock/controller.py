@@ -17,12 +17,15 @@ from dataclasses import dataclass
 
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
+from perseus_core.gpu.slices import Slices
 from perseus_core.planning.switching import Switching
+from perseus_core.runtime.clock.cycle_counting import CycleCounting
 from perseus_core.runtime.clock.give_back import ClockGivenBack, GuardedClock
 from perseus_core.runtime.clock.lookahead import Lookahead
 from perseus_core.runtime.clock.override import ClockOverridden, OverrideWatch
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.clock.settable_clock import Guard
+from perseus_core.runtime.clock.switch_latency import LIMIT_S as COUNTING_LIMIT_S
 from perseus_core.runtime.clock.switch_latency import LOOK_EVERY_S as LOOK_AT_CHANGE_EVERY_S
 from perseus_core.runtime.clock.switch_latency import SwitchLatency
 from perseus_core.runtime.measure.events import Event
@@ -91,6 +94,7 @@ class ClockController:
         *,
         threads: SideThreads,
         guard: Guard = GuardedClock,
+        slices: Slices | None = None,
     ) -> None:
         """Touches nothing yet.
 
@@ -100,6 +104,7 @@ class ClockController:
             threads: time, and the side thread that does the work.
             guard: makes the clock that is set. A `GuardedClock` is given back by the watchdog after a time without any
                 message, and locked again with the next instruction.
+            slices: has the GPU count cycles, to see how long changes take.
         """
         self._device = device
         self._threads = threads
@@ -108,7 +113,8 @@ class ClockController:
         self._messages: deque[_Message] = deque()
         self._num_orders_given = self._num_orders_taken = 0
         self._lookahead = Lookahead()
-        self._latency = SwitchLatency(switch_latency_s, threads.now_s)
+        counting = None if slices is None else CycleCounting(slices, threads, COUNTING_LIMIT_S)
+        self._latency = SwitchLatency(switch_latency_s, threads.now_s, counting)
         self._override_watch = OverrideWatch(device.uuid)
         self._clock = guard(device, self._give_up)
         self._in_force_mhz: int | None = None
@@ -313,7 +319,7 @@ class ClockController:
         else:
             before_mhz = self._in_force_mhz or wanted_mhz
             self._settles_at_s = now_s + self._latency.switching.latency_s(before_mhz, wanted_mhz)
-            self._latency.lock(self._clock, wanted_mhz)
+            self._latency.lock(self._clock, wanted_mhz, self._in_force_mhz)
         self._in_force_mhz = wanted_mhz
         self._override_watch.asked(wanted_mhz, self._threads.now_s())
 

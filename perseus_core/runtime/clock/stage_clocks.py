@@ -7,6 +7,7 @@ from enum import Enum
 
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
+from perseus_core.gpu.slices import Slices
 from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.controller import ClockController
 from perseus_core.runtime.clock.give_back import GuardedClock
@@ -35,6 +36,7 @@ class StageClocks:
         *,
         threads: SideThreads,
         guard: Guard = GuardedClock,
+        slices: Slices | None = None,
     ) -> None:
         """Without a device, no clock is ever set.
 
@@ -43,12 +45,13 @@ class StageClocks:
             switch_latency_s: how long a change takes, until it has been measured.
             threads: time, and the side thread that sets the clock.
             guard: makes the clock that is set, see `ClockController`.
+            slices: has the GPU count cycles, to see how long changes take.
         """
         self.following = False
         self._now: int | _Mode | None = _Mode.UNKNOWN
         self._controller: ClockController | None = None
         if device is not None:
-            self._controller = ClockController(device, switch_latency_s, threads=threads, guard=guard)
+            self._controller = ClockController(device, switch_latency_s, threads=threads, guard=guard, slices=slices)
 
     @property
     def can_be_set(self) -> bool:

@@ -8,14 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from perseus_core.planning.switching import USUAL_JITTER_S, Switching
+from perseus_core.runtime.clock.cycle_counting import CycleCounting
 from perseus_core.runtime.clock.settable_clock import SettableClock
+from perseus_core.runtime.log import logger
 
 LOOK_EVERY_S = 0.001
-# Looking costs driver calls, and while a change is watched others wait; so few are watched: the first, one in many.
+# Looking costs the driver or the GPU something, and while a change is watched others wait; so few are watched: the
+# first, one in many.
 _NUM_FIRST = 8
 _ONE_IN = 200
 _NEEDED, _KEPT = 3, 9
-_LIMIT_S = 0.5
+LIMIT_S = 0.5
+# So many changes in a row that counting cycles did not show, and it is not believed to show any.
+_MOST_UNSEEN = 3
+# Between clocks that lie nearer to each other it shows no difference for certain.
+_SMALLEST_COUNTED = 1.05
 
 
 @dataclass(frozen=True)
@@ -32,21 +39,32 @@ class _Change:
 
 
 class SwitchLatency:
-    """Time from the lock call until the SM clock that the driver reports has changed, up and down each for itself.
+    """Time from the lock call until the SM clock has changed, up and down each for itself.
 
-    What is seen is never too short, but too long where the thread that looks comes late. A clock that falls too early
-    makes training slower, one that rises too early does not: so a rise counts as taking the median of what was seen, a
-    fall as taking the least. A change that does not show within half a second, because power or heat holds the clock
-    elsewhere, does not count.
+    The GPU itself tells, where it can count cycles beside training. Elsewhere the driver's register has to do, which
+    may lag behind.
+
+    What is seen is never too short, but too long where a thread comes late. A clock that falls too early makes training
+    slower, one that rises too early does not: so a rise counts as taking the median of what was seen, a fall as taking
+    the least. A change that does not show within half a second, because power or heat holds the clock elsewhere, does
+    not count.
 
     Attributes:
         switching: what changes take, as far as is known.
     """
 
-    def __init__(self, assumed_s: float, now_s: Callable[[], float]) -> None:
-        """Has measured nothing yet, and takes the assumed latency for true; `now_s` tells the time."""
+    def __init__(self, assumed_s: float, now_s: Callable[[], float], counting: CycleCounting | None = None) -> None:
+        """Has measured nothing yet.
+
+        Args:
+            assumed_s: the latency that is taken for true meanwhile.
+            now_s: tells the time.
+            counting: has the GPU count cycles; without it its register is asked.
+        """
         self._assumed = Switching(assumed_s, assumed_s, USUAL_JITTER_S)
         self._now_s = now_s
+        self._counting = counting
+        self._num_unseen = 0
         self._watched: _Change | None = None
         self._up_s: deque[float] = deque(maxlen=_KEPT)
         self._down_s: deque[float] = deque(maxlen=_KEPT)
@@ -58,8 +76,13 @@ class SwitchLatency:
         """Whether a change is being watched: `look` every `LOOK_EVERY_S`; another change waits meanwhile if it can."""
         return self._watched is not None
 
-    def lock(self, clock: SettableClock, clock_mhz: int) -> None:
+    def lock(self, clock: SettableClock, clock_mhz: int, locked_mhz: int | None = None) -> None:
         """Locks a clock, and begins to watch the change if it is one of the few to be watched.
+
+        Args:
+            clock: the GPU's.
+            clock_mhz: to lock.
+            locked_mhz: the clock that was locked before; none where the driver has chosen.
 
         Raises:
             GpuError: if it cannot be locked.
@@ -68,11 +91,22 @@ class SwitchLatency:
         if self._num_switches > _NUM_FIRST and self._num_switches % _ONE_IN != 0:
             clock.lock(clock_mhz)
             return
-        before_mhz = clock.sm_clock_mhz()
+        counting = self._counting
+        if counting is None or locked_mhz is None:
+            locked_mhz = max(1, clock.sm_clock_mhz())
+        shows = locked_mhz != clock_mhz
+        if counting is not None:
+            shows = not 1 / _SMALLEST_COUNTED < clock_mhz / locked_mhz < _SMALLEST_COUNTED
+        if counting is not None and shows:
+            counting.begin()
         asked_s = self._now_s()
-        clock.lock(clock_mhz)
-        if before_mhz != clock_mhz:
-            self._watched = _Change(before_mhz, clock_mhz, asked_s)
+        try:
+            clock.lock(clock_mhz)
+        except BaseException:
+            self.look_no_longer()
+            raise
+        if shows:
+            self._watched = _Change(locked_mhz, clock_mhz, asked_s)
             self.look(clock)
 
     def look(self, clock: SettableClock) -> None:
@@ -84,14 +118,31 @@ class SwitchLatency:
         change = self._watched
         if change is None:
             return
+        took_s = self._counted(change) if self._counting is not None else self._registered(change, clock)
+        if took_s is not None:
+            self.look_no_longer()
+            self._num_unseen = 0
+            (self._up_s if change.is_up else self._down_s).append(took_s)
+            self.switching = self._measured()
+        elif self._now_s() - change.asked_s >= LIMIT_S:
+            self.look_no_longer()
+            self._num_unseen += 1
+        if self._counting is not None and (self._counting.failure is not None or self._num_unseen >= _MOST_UNSEEN):
+            logger.debug("the GPU shows no change by counting; its register is asked", exc_info=self._counting.failure)
+            self.look_no_longer()
+            self._counting = None
+
+    def _counted(self, change: _Change) -> float | None:
+        """How long it took, as the GPU shows it; None as long as it does not."""
+        assert self._counting is not None, "asked only where the GPU counts"
+        seen = self._counting.seen(change.asked_s, change.clock_mhz / change.before_mhz)
+        return None if seen is None else seen.after_s
+
+    def _registered(self, change: _Change, clock: SettableClock) -> float | None:
+        """The same, as the register shows it."""
         seen_mhz = clock.sm_clock_mhz()
         elapsed_s = self._now_s() - change.asked_s
-        if abs(seen_mhz - change.clock_mhz) < abs(seen_mhz - change.before_mhz):
-            self._watched = None
-            (self._up_s if change.is_up else self._down_s).append(elapsed_s)
-            self.switching = self._measured()
-        elif elapsed_s >= _LIMIT_S:
-            self._watched = None
+        return elapsed_s if abs(seen_mhz - change.clock_mhz) < abs(seen_mhz - change.before_mhz) else None
 
     def assume(self, switching: Switching) -> None:
         """What a plan takes for true, until it has been measured here."""
@@ -111,6 +162,8 @@ class SwitchLatency:
     def look_no_longer(self) -> None:
         """Another change is due: how long this one takes will not be known."""
         self._watched = None
+        if self._counting is not None:
+            self._counting.end()
 
     def _measured(self) -> Switching:
         """As far as it is known: of the other direction, or as assumed, until enough changes were seen."""

@@ -77,12 +77,14 @@ class Iteration:
         begin_s: when this stage could have started.
         end_s: when it ended, with or without gradient all-reduce and optimizer.
         spans: the instructions, in order of time.
+        on_host_time: the times are the host's; otherwise only differences between them mean something.
     """
 
     number: int
     begin_s: float
     end_s: float
     spans: tuple[Span, ...] = field(repr=False)
+    on_host_time: bool = True
 
 
 class Activity(Enum):
@@ -133,7 +135,8 @@ def solve_powers(iterations: Sequence[Iteration], readings: Sequence[CounterRead
 
     Only intervals between readings that lie within the iterations are used. Of consecutive iterations the time between
     them counts as outside, unless it is longer than half an iteration: then something else was done (evaluation, a
-    checkpoint). Intervals in which an instruction was disturbed (an interpreter's pause) are left out.
+    checkpoint). Intervals in which an instruction was disturbed (an interpreter's pause) are left out. Of iterations
+    that are not on the host's time only the durations count.
 
     Args:
         iterations: in order of time, each with one span at least.
@@ -146,9 +149,10 @@ def solve_powers(iterations: Sequence[Iteration], readings: Sequence[CounterRead
     counter_j = np.array([reading.energy_j for reading in readings])
     uncertainties_s = np.array([reading.uncertainty_s for reading in readings])
     begins, ends = _intervals(times_s, counter_j, uncertainties_s)
-    if not len(ends):
+    placed = [iteration for iteration in iterations if iteration.on_host_time]
+    if not len(ends) or not placed:
         return None
-    occupancy = _Occupancy(iterations)
+    occupancy = _Occupancy(placed, [iteration for iteration in iterations if not iteration.on_host_time])
     num_types = len(occupancy.types)
     before = occupancy.before(times_s)
     seconds = before[ends] - before[begins]
@@ -201,11 +205,13 @@ class _Occupancy:
         durations_s: of each of them, the executions that were not disturbed.
     """
 
-    def __init__(self, iterations: Sequence[Iteration]) -> None:
+    def __init__(self, iterations: Sequence[Iteration], not_placed: Sequence[Iteration] = ()) -> None:
+        """Of iterations on the host's time; of others only the durations count."""
         of_iterations = [[span.type for span in iteration.spans] for iteration in iterations]
         # Types are compared rather than looked up, which is slow: iterations are usually all alike.
         kinds = [types for i, types in enumerate(of_iterations) if i == 0 or types != of_iterations[i - 1]]
         self.types = sorted({one for types in kinds for one in types})
+        of_not_placed = [span for iteration in not_placed for span in iteration.spans]
         waiting, outside, neither = (len(self.types) + i for i in range(3))
         # Everything that was done, one after another: from each edge to the next, the activity with this number.
         edges: list[float] = []
@@ -229,7 +235,7 @@ class _Occupancy:
         self._edges_s = np.maximum.accumulate(edges)
         self._lengths_s = np.diff(self._edges_s)
         self._activities = np.array(activities[:-1])
-        self.durations_s = self._leave_out_disturbed(neither)
+        self.durations_s = self._leave_out_disturbed(neither, of_not_placed)
         rows = np.arange(len(self._lengths_s))
         self._before = np.zeros((len(edges), neither + 1))
         self._before[rows + 1, self._activities] = self._lengths_s
@@ -244,15 +250,18 @@ class _Occupancy:
         before[np.arange(len(places)), self._activities[places]] += since_edge_s
         return before[:, :-1]
 
-    def _leave_out_disturbed(self, neither: int) -> list[Array]:
+    def _leave_out_disturbed(self, neither: int, of_not_placed: Sequence[Span]) -> list[Array]:
         """Makes disturbed executions no activity's; returns how long the others of each type took."""
         kept = []
-        for number in range(len(self.types)):
+        for number, type_ in enumerate(self.types):
             (places,) = np.nonzero(self._activities == number)
             durations_s = self._lengths_s[places]
+            if of_not_placed:
+                others_s = [span.end_s - span.begin_s for span in of_not_placed if span.type == type_]
+                durations_s = np.concatenate([durations_s, others_s])
             usual = undisturbed(durations_s)
             if not usual.all():
-                self._activities[places[~usual]] = neither
+                self._activities[places[~usual[: len(places)]]] = neither
                 durations_s = durations_s[usual]
             kept.append(durations_s)
         return kept

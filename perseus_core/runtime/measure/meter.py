@@ -223,7 +223,7 @@ class Meter:
 
         A GPU that works as hard as it can is at its power limit: an H100 at full load always is.
         """
-        if self._sampler is None:
+        if self._sampler is None or not measured.iteration.on_host_time:
             return False
         readings = self._sampler.between(measured.iteration.begin_s, measured.iteration.end_s)
         if any(reason.is_trouble for reason in {reading.throttle for reading in readings}):  # mostly one
@@ -244,7 +244,8 @@ class Meter:
             readings = self._sampler.between(iteration.begin_s - _READINGS_BEFORE_S, np.inf)
             if self._sampler.failure is None and not (readings and readings[-1].time_s >= iteration.end_s):
                 return len(self._uncounted) > 8  # a counter that does not move
-            energy_j = _energy_j(readings, iteration.begin_s, iteration.end_s)
+            if iteration.on_host_time:
+                energy_j = _energy_j(readings, iteration.begin_s, iteration.end_s)
         self._energies.append((iteration.number, energy_j))
         return True
 

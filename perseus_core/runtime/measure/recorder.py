@@ -40,6 +40,7 @@ class Record:
         num_microbatches: 0 for an evaluation.
         begin: the stream reached the iteration.
         expectation: at what it runs.
+        on_host_time: its events tell the host's time, and not only times between each other.
         steps: what was executed, in order.
         begins, ends: their events.
         end: the stream finished the iteration.
@@ -50,6 +51,7 @@ class Record:
     num_microbatches: int
     begin: Event
     expectation: Expectation
+    on_host_time: bool = True
     steps: list[Step] = field(default_factory=list)
     begins: list[Event] = field(default_factory=list)
     ends: list[Event] = field(default_factory=list)
@@ -110,7 +112,7 @@ class Recorder:
                     )
                 ]
             )
-            iteration = Iteration(record.number, record.begin.time_s(), end.time_s(), spans)
+            iteration = Iteration(record.number, record.begin.time_s(), end.time_s(), spans, record.on_host_time)
             # Events are given back to their pool as soon as possible.
             record.begins, record.ends = [], []
             yield MeasuredIteration(record, iteration)

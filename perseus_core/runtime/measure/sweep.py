@@ -201,8 +201,10 @@ class Sweep:
         """The clock an iteration really ran at, None where it was not the same throughout.
 
         A clock below the one asked for because of the power limit is what asking for this clock gives, now and later:
-        it is not told apart. Heat and other programs are.
+        it is not told apart. Heat and other programs are. Of an iteration that is not on the host's time nobody knows.
         """
+        if not iteration.on_host_time:
+            return asked_mhz
         seen = [
             reading
             for reading in self._readings_between(iteration.begin_s, iteration.end_s)

@@ -20,6 +20,7 @@ from perseus_core.gpu.simulated import (
     read_clock_requests,
     read_executed,
 )
+from perseus_core.gpu.simulated.slices import SimulatedSlices
 from perseus_core.runtime.clock.controller import ClockController
 from perseus_core.runtime.clock.give_back import ClockCallHung, GuardedClock
 from perseus_core.runtime.clock.override import ClockOverridden
@@ -318,3 +319,28 @@ def test_stopping_while_the_gpu_never_gets_there_gives_the_clock_back(
     controller.stop()
     wait_until(lambda: locked_range(node) == [])
     never.reach()
+
+
+def test_the_gpu_tells_how_long_changes_take_whatever_its_register_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a tenth of a second, up and down, with a register that shows what was asked for at once."""
+    with simulated_machine(tmp_path, clock_latency_s=0.15, clock_latency_down_s=0.11) as node:
+        device, asked_mhz = device_of(node), [1000]
+        lock = device.lock_clock
+        monkeypatch.setattr(device, "lock_clock", lambda mhz: (asked_mhz.append(mhz), lock(mhz)))
+        monkeypatch.setattr(device, "sm_clock_mhz", lambda: asked_mhz[-1])
+        controller = ClockController(device, threads=OwnThreads(), slices=SimulatedSlices(node.gpus[0]))
+        try:
+            controller.start()
+            wait_until(lambda: controller.is_guarded)
+            for clock_mhz in (600, 900) * 4:
+                controller.hold(clock_mhz)
+                wait_until(lambda mhz=clock_mhz: controller.clock_in_force_mhz == mhz)
+                wait_until(lambda: not controller._latency.is_watching)
+            up_s, down_s = controller.measured_latencies_s
+            assert (controller.switching.up_s, controller.switching.down_s) == (up_s, down_s)
+            assert up_s == pytest.approx(0.15, abs=0.03)
+            assert down_s == pytest.approx(0.11, abs=0.02)
+        finally:
+            controller.stop()

@@ -139,3 +139,30 @@ def test_a_pause_is_told_from_noise() -> None:
     assert undisturbed([1.0, 1.01, 0.99, 1.0, 1.5]).tolist() == [True, True, True, True, False]
     assert undisturbed([1.0, 1.01, 0.99, 1.0, 1.05]).all()
     assert undisturbed([1.0, 2.0, 3.0]).all()
+
+
+@pytest.mark.parametrize("offset_s", [0.02, 1.5, -0.3])
+def test_of_an_iteration_whose_place_in_time_is_not_known_only_durations_count(offset_s: float) -> None:
+    """However far off it is: powers are those of the others, and its executions count among the durations."""
+    pieces = [stage_in_1f1b()] * 5
+    iterations, readings = lay_out(pieces), read_counter(pieces, look_every_s=0.0001)
+    far = iterations[2]
+    spans = tuple(Span(span.type, span.begin_s + offset_s, span.end_s + offset_s) for span in far.spans)
+    iterations[2] = replace(far, begin_s=far.begin_s + offset_s, end_s=far.end_s + offset_s, spans=spans)
+    misled = solve_powers(iterations, readings)
+    iterations[2] = replace(iterations[2], on_host_time=False)
+    powers = solve_powers(iterations, readings)
+    assert powers is not None
+    assert misled is not None
+    assert abs(powers.waiting.power_w - 80) < 1.5 < abs(misled.waiting.power_w - 80)
+    assert powers.instructions[FORWARD].power_w == pytest.approx(300, rel=2e-3)
+    assert powers.outside.power_w == pytest.approx(150, rel=0.05)
+    assert len(powers.durations_s[FORWARD]) == 5 * 8
+    assert powers.durations_s[FORWARD] == pytest.approx(0.06)
+
+
+def test_where_no_iteration_has_its_place_in_time_there_are_no_powers() -> None:
+    """None is better than a wrong one."""
+    pieces = [stage_in_1f1b()] * 3
+    iterations = [replace(iteration, on_host_time=False) for iteration in lay_out(pieces)]
+    assert solve_powers(iterations, read_counter(pieces)) is None
