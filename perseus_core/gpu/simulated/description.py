@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from perseus_core.errors import InputError
+from perseus_core.gpu.simulated.fields import read_list, read_object, require_number
+from perseus_core.gpu.simulated.shortcomings import Shortcomings
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         for name in ("time", "energy", "power"):
-            _require_number(f"noise.{name}", getattr(self, name), 0, 0.5)
+            require_number(f"noise.{name}", getattr(self, name), 0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class BlockingPower:
 
     def __post_init__(self) -> None:
         for name in ("at_lowest_clock", "at_highest_clock"):
-            _require_number(f"blocking_power_w.{name}", getattr(self, name), 0, 10_000)
+            require_number(f"blocking_power_w.{name}", getattr(self, name), 0, 10_000)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,9 @@ class Description:
         clock_latency_jitter_s: it takes longer by as much as this, evenly.
         energy_counter_period_s: how often the energy counter moves.
         noise: measurement noise.
-        stages: for each GPU the stage it follows by default; where empty, GPU i follows stage i modulo stages.
+        shortcomings: what else real ones do that nobody would ask for; in the file, its fields stand beside these.
+        stages: for each GPU the stage it follows by default; where empty, all stages in turn, a tensor-parallel group
+            each.
         time_scale: multiplies the profile's times and energies, so powers stay; 0.1 makes a demonstration quicker.
         memory_clock_mhz: the one memory clock.
         memory_gib: memory of one GPU.
@@ -86,6 +87,7 @@ class Description:
     clock_latency_jitter_s: float = 0.0
     energy_counter_period_s: float = 0.1
     noise: Noise = field(default_factory=Noise)
+    shortcomings: Shortcomings = field(default_factory=Shortcomings)
     stages: tuple[int, ...] = ()
     time_scale: float = 1.0
     memory_clock_mhz: int = 1593
@@ -102,38 +104,44 @@ class Description:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not 0 < len(self.name.encode()) < 96:
             raise InputError(f'"name" is {self.name!r}; it must be a text of 1 to 95 bytes')
-        _require_number("num_gpus", self.num_gpus, 1, 1024, integer=True)
+        require_number("num_gpus", self.num_gpus, 1, 1024, integer=True)
         clocks = self.supported_clocks_mhz
         if not clocks:
             raise InputError('"supported_clocks_mhz" is empty; give at least one clock')
         for clock in clocks:
-            _require_number("supported_clocks_mhz", clock, 1, 10_000, integer=True)
+            require_number("supported_clocks_mhz", clock, 1, 10_000, integer=True)
         if list(clocks) != sorted(set(clocks), reverse=True):
             raise InputError(
                 '"supported_clocks_mhz" is not in falling order without repetition; sort it, highest first'
             )
-        _require_number("min_power_limit_w", self.min_power_limit_w, 1, 10_000)
-        _require_number("power_limit_w", self.power_limit_w, self.min_power_limit_w, 10_000)
+        require_number("min_power_limit_w", self.min_power_limit_w, 1, 10_000)
+        require_number("power_limit_w", self.power_limit_w, self.min_power_limit_w, 10_000)
         if self.max_power_limit_w == 0:
             object.__setattr__(self, "max_power_limit_w", self.power_limit_w)
-        _require_number("max_power_limit_w", self.max_power_limit_w, self.power_limit_w, 10_000)
+        require_number("max_power_limit_w", self.max_power_limit_w, self.power_limit_w, 10_000)
         for latency in ("clock_latency_s", "clock_latency_down_s", "clock_latency_jitter_s"):
-            _require_number(latency, getattr(self, latency), 0, 10)
-        _require_number("energy_counter_period_s", self.energy_counter_period_s, 0.001, 10)
-        _require_number("time_scale", self.time_scale, 0.001, 1000)
-        _require_number("memory_clock_mhz", self.memory_clock_mhz, 1, 100_000, integer=True)
-        _require_number("memory_gib", self.memory_gib, 1, 10_000)
-        _require_number("seed", self.seed, 0, 2**63, integer=True)
+            require_number(latency, getattr(self, latency), 0, 10)
+        require_number("energy_counter_period_s", self.energy_counter_period_s, 0.001, 10)
+        window_s = self.shortcomings.energy_counter_window_s
+        if window_s > self.energy_counter_period_s:
+            raise InputError(
+                f'"energy_counter_window_s" is {window_s}; it must be at most "energy_counter_period_s", '
+                f"{self.energy_counter_period_s}"
+            )
+        require_number("time_scale", self.time_scale, 0.001, 1000)
+        require_number("memory_clock_mhz", self.memory_clock_mhz, 1, 100_000, integer=True)
+        require_number("memory_gib", self.memory_gib, 1, 10_000)
+        require_number("seed", self.seed, 0, 2**63, integer=True)
         if self.stages and len(self.stages) != self.num_gpus:
             raise InputError(
                 f'"stages" has {len(self.stages)} entries for {self.num_gpus} GPUs; give one per GPU, or none'
             )
         for stage in self.stages:
-            _require_number("stages", stage, 0, 10_000, integer=True)
+            require_number("stages", stage, 0, 10_000, integer=True)
         if len(self.compute_capability) != 2:
             raise InputError(f'"compute_capability" is {self.compute_capability}; it must be [major, minor]')
         for part in self.compute_capability:
-            _require_number("compute_capability", part, 0, 99, integer=True)
+            require_number("compute_capability", part, 0, 99, integer=True)
 
     def blocking_power_at(self, clock_mhz: int) -> float:
         """Power [W] of a GPU that waits at a clock."""
@@ -170,7 +178,8 @@ class Description:
         if not isinstance(document, dict):
             raise InputError("is not a JSON object; see configs/gpus for examples")
         values = {key: value for key, value in document.items() if not key.startswith("_")}
-        known = {f.name for f in fields(cls)}
+        of_shortcomings = {f.name for f in fields(Shortcomings)}
+        known = {f.name for f in fields(cls)} - {"shortcomings"} | of_shortcomings
         for key in values:
             if key not in known:
                 raise InputError(
@@ -185,49 +194,30 @@ class Description:
         values["supported_clocks_mhz"] = _clocks(values["supported_clocks_mhz"])
         values["blocking_power_w"] = _blocking_power(values["blocking_power_w"])
         if "noise" in values:
-            values["noise"] = Noise(**_object("noise", values["noise"], {"time", "energy", "power"}))
+            values["noise"] = Noise(**read_object("noise", values["noise"], {"time", "energy", "power"}))
         for key in ("stages", "compute_capability"):
             if key in values:
-                values[key] = _list(key, values[key])
-        return cls(**values)
+                values[key] = read_list(key, values[key])
+        shortcomings = Shortcomings.from_document({key: values.pop(key) for key in of_shortcomings & set(values)})
+        return cls(**values, shortcomings=shortcomings)
 
 
 def _clocks(value: object) -> tuple[int, ...]:
     if not isinstance(value, dict):
-        return _list("supported_clocks_mhz", value)
-    span = _object("supported_clocks_mhz", value, {"highest", "lowest", "step"})
+        return read_list("supported_clocks_mhz", value)
+    span = read_object("supported_clocks_mhz", value, {"highest", "lowest", "step"})
     for key in ("highest", "lowest", "step"):
-        _require_number(f"supported_clocks_mhz.{key}", span.get(key), 1, 10_000, integer=True)
+        require_number(f"supported_clocks_mhz.{key}", span.get(key), 1, 10_000, integer=True)
     return tuple(range(span["highest"], span["lowest"] - 1, -span["step"]))
 
 
 def _blocking_power(value: object) -> BlockingPower:
     if isinstance(value, dict):
         ends = {"at_lowest_clock", "at_highest_clock"}
-        given = _object("blocking_power_w", value, ends)
+        given = read_object("blocking_power_w", value, ends)
         if set(given) != ends:
             raise InputError('"blocking_power_w" must be a number, or hold "at_lowest_clock" and "at_highest_clock"')
         return BlockingPower(**given)
-    _require_number("blocking_power_w", value, 0, 10_000)
+    require_number("blocking_power_w", value, 0, 10_000)
     assert isinstance(value, (int, float))
     return BlockingPower(value, value)
-
-
-def _object(name: str, value: object, keys: set[str]) -> Mapping[str, Any]:
-    if not isinstance(value, dict) or not set(value) <= keys:
-        raise InputError(f'"{name}" is {value!r}; it must be an object with {", ".join(sorted(keys))}')
-    return value
-
-
-def _list(name: str, value: object) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise InputError(f'"{name}" is {value!r}; it must be a list')
-    return tuple(value)
-
-
-def _require_number(name: str, value: object, lowest: float, highest: float, *, integer: bool = False) -> None:
-    is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-    within = isinstance(value, (int, float)) and math.isfinite(value) and lowest <= value <= highest
-    if not (is_number and within):
-        kind = "whole number" if integer else "number"
-        raise InputError(f'"{name}" is {value!r}; it must be a {kind} from {lowest:g} to {highest:g}')

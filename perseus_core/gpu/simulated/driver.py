@@ -11,28 +11,21 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from perseus_core.gpu.simulated import faults
 from perseus_core.gpu.simulated.driver_device import DEVICE_FUNCTIONS
-from perseus_core.gpu.simulated.driver_values import Code, referenced, write_text
+from perseus_core.gpu.simulated.driver_values import referenced, write_text
 from perseus_core.gpu.simulated.node import SimulatedGpu, SimulatedNode
+from perseus_core.gpu.simulated.nvml_codes import Code, error_text
 
 DRIVER_VERSION = "575.57.08"
 _NVML_VERSION = "12.575.57.08"
 _CUDA_VERSION = 12090
 _HANG_SLICE_S = 0.02
-_ERROR_TEXTS = {
-    Code.SUCCESS: "Success",
-    Code.UNINITIALIZED: "Uninitialized",
-    Code.INVALID_ARGUMENT: "Invalid Argument",
-    Code.NOT_SUPPORTED: "Not Supported",
-    Code.NO_PERMISSION: "Insufficient Permissions",
-    Code.NOT_FOUND: "Not Found",
-    Code.INSUFFICIENT_SIZE: "Insufficient Size",
-    Code.GPU_IS_LOST: "GPU is lost",
-}
+_LOCK_CALLS = ("nvmlDeviceSetGpuLockedClocks", "nvmlDeviceResetGpuLockedClocks")
 
 
 class SimulatedLibrary:
@@ -44,6 +37,7 @@ class SimulatedLibrary:
         self._node = node
         self._init_count = 0
         self._init_lock = threading.Lock()
+        self._num_calls: Counter[tuple[int, str]] = Counter()
         # A handle is an address. Each GPU gets that of a small buffer, which therefore must stay alive.
         self._handle_targets = [ctypes.create_string_buffer(16) for _ in node.gpus]
         self._index_of_address = {ctypes.addressof(b): index for index, b in enumerate(self._handle_targets)}
@@ -106,6 +100,11 @@ class SimulatedLibrary:
                 return Code.INVALID_ARGUMENT
             gpu = self._node.gpus[index]
             broken = gpu.state().faults
+            shortcomings = self._node.settings.shortcomings
+            self._num_calls[index, base_name] += 1
+            for errors in shortcomings.driver_errors:
+                if errors.function == base_name and errors.fails(self._num_calls[index, base_name]):
+                    return Code[errors.error]
             if base_name in broken.get(faults.HANG_S, {}):
                 _hang(gpu, base_name)
             if broken.get(faults.LOST):
@@ -114,7 +113,13 @@ class SimulatedLibrary:
                 return Code.NOT_SUPPORTED
             if broken.get(faults.NO_PERMISSION) and base_name.startswith(("nvmlDeviceSet", "nvmlDeviceReset")):
                 return Code.NO_PERMISSION
-            return function(gpu, *arguments)
+            if not shortcomings.lock_call_s:
+                return function(gpu, *arguments)
+            with self._node.only_call():
+                code = function(gpu, *arguments)
+                if base_name in _LOCK_CALLS:
+                    time.sleep(shortcomings.lock_call_s)
+                return code
 
         return called
 
@@ -163,7 +168,7 @@ def _hang(gpu: SimulatedGpu, function: str) -> None:
 
 
 def _error_string(code: int) -> bytes:
-    return _ERROR_TEXTS.get(Code(code) if code in Code.__members__.values() else Code.UNKNOWN, "Unknown Error").encode()
+    return error_text(code).encode()
 
 
 def _cuda_driver_version(version: Any) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 from perseus_core.gpu.simulated import model as physics
 from perseus_core.gpu.simulated.driver_values import (
-    Code,
     referenced,
     write_fields,
     write_list,
@@ -19,6 +18,7 @@ from perseus_core.gpu.simulated.driver_values import (
 from perseus_core.gpu.simulated.emulator import is_alive
 from perseus_core.gpu.simulated.model import GpuState
 from perseus_core.gpu.simulated.node import SimulatedGpu
+from perseus_core.gpu.simulated.nvml_codes import Code
 
 DEVICE_FUNCTIONS: dict[str, Callable[..., int]] = {}
 
@@ -109,12 +109,12 @@ def _supported_graphics_clocks(gpu: SimulatedGpu, memory_clock: Any, count: Any,
 
 @_named("nvmlDeviceGetClockInfo")
 def _clock_info(gpu: SimulatedGpu, clock_type: Any, clock: Any) -> int:
-    return _write_clock(gpu, clock_type, clock, gpu.effective_clock_mhz)
+    return _write_clock(gpu, clock_type, clock, gpu.reported_clock_mhz)
 
 
 @_named("nvmlDeviceGetClock")
 def _clock(gpu: SimulatedGpu, clock_type: Any, _clock_id: Any, clock: Any) -> int:
-    return _write_clock(gpu, clock_type, clock, gpu.effective_clock_mhz)
+    return _write_clock(gpu, clock_type, clock, gpu.reported_clock_mhz)
 
 
 @_named("nvmlDeviceGetMaxClockInfo")
@@ -154,7 +154,9 @@ def _throttle_reasons(gpu: SimulatedGpu, reasons: Any) -> int:
     value = 0
     if clocks[heat_allows] < clocks[physics.clock_index_at_most(gpu.model, state.set_clock_mhz)]:
         value |= _REASON_SW_THERMAL
-    if physics.effective_clock_index(gpu.model, state) > heat_allows:
+    in_force = physics.effective_clock_index(gpu.model, state)
+    capped_from_mhz = gpu.settings.shortcomings.power_cap_reported_from_mhz
+    if in_force > heat_allows or (state.is_working and 0 < capped_from_mhz <= clocks[in_force]):
         value |= _REASON_POWER_CAP
     if not _living_pids(state):
         value |= _REASON_IDLE

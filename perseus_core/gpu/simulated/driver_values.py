@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Any
 
-
-class Code(IntEnum):
-    """NVML's return codes (`nvmlReturn_t`)."""
-
-    SUCCESS = 0
-    UNINITIALIZED = 1
-    INVALID_ARGUMENT = 2
-    NOT_SUPPORTED = 3
-    NO_PERMISSION = 4
-    NOT_FOUND = 6
-    INSUFFICIENT_SIZE = 7
-    GPU_IS_LOST = 15
-    UNKNOWN = 999
+from perseus_core.gpu.simulated.nvml_codes import Code
 
 
 def referenced(argument: Any) -> Any:

@@ -14,6 +14,7 @@ from perseus_core.gpu.simulated.node import SimulatedNode
 
 # How often a sleeping emulator looks whether somebody has changed the clock.
 _LOOK_EVERY_S = 0.002
+_LOOK_AT_GROUP_EVERY_S = 0.0005
 # A sleep ends late, by less than this as a rule; the rest of the way is waited for awake.
 _SLEEP_OVERSHOOT_S = 0.0003
 
@@ -50,13 +51,14 @@ class WorkEmulator:
         stage = identity.default_stage if stage is None else stage
         started = self._start(self._node.cost_index(stage, chunk, str(kind)))
         finished = self._wait_for(started)
+        ended_s = self._wait_for_group(started.number, _end_s(finished))
         executed = ExecutedInstruction(
             gpu=identity.index,
             stage=stage,
             chunk=chunk,
             kind=str(kind),
             start_s=finished.start_s,
-            end_s=_end_s(finished),
+            end_s=ended_s,
             energy_j=finished.energy_j,
             clocks=tuple((int(clock), seconds) for clock, seconds in finished.segments),
             label=label or {},
@@ -99,6 +101,29 @@ class WorkEmulator:
                 return finished
             if remaining_s > _SLEEP_OVERSHOOT_S:
                 time.sleep(min(remaining_s - _SLEEP_OVERSHOOT_S, _LOOK_EVERY_S))
+
+    def _wait_for_group(self, number: int, own_end_s: float) -> float:
+        """Waits until all ranks of the tensor-parallel group have done as many instructions; returns when they had.
+
+        One that has died, or has not begun to train, does none.
+        """
+        end_s = own_end_s
+        for mate in self._node.group_of(self._gpu.identity.index):
+            has_waited = False
+            while mate is not self._gpu:
+                state = mate.state()
+                work = state.work
+                if work is not None and work.number == number and work.end_s is not None:
+                    end_s = max(end_s, work.end_s)
+                    break
+                if work is not None and work.number > number:  # so the one before has ended
+                    end_s = max(end_s, work.start_s) if has_waited else end_s
+                    break
+                if not any(is_alive(pid) for pid in state.pids):
+                    break
+                has_waited = True
+                time.sleep(_LOOK_AT_GROUP_EVERY_S)
+        return end_s
 
 
 def is_alive(pid: int) -> bool:

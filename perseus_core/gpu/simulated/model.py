@@ -19,6 +19,8 @@ IDLE = -1
 # A work that meets more clock changes than this has its oldest segments merged; a plan changes the clock once.
 _MAX_SEGMENTS = 24
 _MAX_PENDING = 16
+# What the counter would have counted before so many periods is forgotten.
+_MOST_PERIODS = 1000
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class GpuModel:
         costs: one for each instruction type.
         clock_latencies_s: from a lock call until the clock changes: up, down, and by how much either may be longer.
         counter_period_s: how often the energy counter moves.
+        counter_window_s: the end of each period, in which it measures; 0 for all of it.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -46,6 +49,7 @@ class GpuModel:
     costs: tuple[InstructionCost, ...]
     clock_latencies_s: tuple[float, float, float]
     counter_period_s: float
+    counter_window_s: float = 0.0
 
 
 @dataclass
@@ -83,10 +87,11 @@ class GpuState:
         time_s: the moment (CLOCK_MONOTONIC) up to which energy is integrated.
         set_clock_mhz: the clock the driver asks for, before any capping.
         pending: [time, clock] requests that are not yet in force, in order of time.
+        former: [time, clock] that was set until then, of the last changes.
         locked_mhz: [lowest, highest] of the last lock call, or empty.
         energy_j: true energy since the start.
         busy_s: seconds spent working since the start.
-        counter_j: true energy at the counter's last period boundary.
+        counter_j: what the counter has counted until its last period boundary.
         counter_busy_s: `busy_s` at the last boundary and at the one before.
         power_limit_w: power limit in force.
         thermal_limit_mhz: clock that heat allows, 0 for any.
@@ -100,6 +105,7 @@ class GpuState:
     set_clock_mhz: int
     power_limit_w: float
     pending: list[list[float]] = field(default_factory=list)
+    former: list[list[float]] = field(default_factory=list)
     locked_mhz: list[int] = field(default_factory=list)
     energy_j: float = 0.0
     busy_s: float = 0.0
@@ -207,7 +213,7 @@ def finished_work(model: GpuModel, state: GpuState) -> Work:
     """The running instruction as it will have run when it is done, if nobody changes anything until then."""
     assert state.work is not None, "no instruction was ever started"
     trial = copy(state)
-    trial.pending = list(state.pending)
+    trial.pending, trial.former = list(state.pending), []
     trial.work = copy(state.work)
     trial.work.segments = [list(segment) for segment in state.work.segments]
     while trial.work.end_s is None:
@@ -219,26 +225,51 @@ def advance(model: GpuModel, state: GpuState, time_s: float) -> None:
     """Brings a state forward to a time, sampling the energy counter at its period boundaries on the way."""
     if time_s <= state.time_s:
         return
-    boundary = math.floor(time_s / model.counter_period_s) * model.counter_period_s
-    for sample_s in (boundary - model.counter_period_s, boundary):
+    period_s = model.counter_period_s
+    last = math.floor(time_s / period_s)
+    # A counter that measures all the time needs no more than the last two boundaries.
+    first = max(last - 1, math.floor(state.time_s / period_s)) if not model.counter_window_s else 0
+    for number in range(max(first, math.floor(state.time_s / period_s), last - _MOST_PERIODS), last + 1):
+        sample_s = number * period_s
         if state.time_s < sample_s <= time_s:
-            _integrate(model, state, sample_s)
-            state.counter_j = state.energy_j
-            state.counter_busy_s = [state.busy_s, state.counter_busy_s[0]]
+            _move_counter(model, state, sample_s)
     _integrate(model, state, time_s)
+
+
+def _move_counter(model: GpuModel, state: GpuState, boundary_s: float) -> None:
+    if model.counter_window_s:
+        _integrate(model, state, boundary_s - model.counter_window_s)
+        begin_s, before_j = state.time_s, state.energy_j
+        _integrate(model, state, boundary_s)
+        power = (state.energy_j - before_j) / (boundary_s - begin_s)
+        state.counter_j += power * model.counter_period_s
+    else:
+        _integrate(model, state, boundary_s)
+        state.counter_j = state.energy_j
+    state.counter_busy_s = [state.busy_s, state.counter_busy_s[0]]
 
 
 def _integrate(model: GpuModel, state: GpuState, time_s: float) -> None:
     while state.time_s < time_s:
         _step(model, state, time_s)
+    _let_take_effect(state, time_s)
+
+
+def _let_take_effect(state: GpuState, time_s: float) -> None:
     while state.pending and state.pending[0][0] <= time_s:
-        state.set_clock_mhz = int(state.pending.pop(0)[1])
+        in_force_s, clock_mhz = state.pending.pop(0)
+        state.former = [*state.former[1 - _MAX_PENDING :], [in_force_s, state.set_clock_mhz]]
+        state.set_clock_mhz = int(clock_mhz)
+
+
+def set_clock_at(state: GpuState, time_s: float) -> int:
+    """The clock that the driver had set at some time, not long before the state's."""
+    return int(next((clock_mhz for until_s, clock_mhz in state.former if time_s < until_s), state.set_clock_mhz))
 
 
 def _step(model: GpuModel, state: GpuState, until_s: float) -> None:
     """Goes to the next moment at which anything changes, at most to `until_s`."""
-    while state.pending and state.pending[0][0] <= state.time_s:
-        state.set_clock_mhz = int(state.pending.pop(0)[1])
+    _let_take_effect(state, state.time_s)
     end_s = min(until_s, state.pending[0][0]) if state.pending else until_s
     index = effective_clock_index(model, state)
     power = power_w(model, state, index)

@@ -21,9 +21,11 @@ from perseus_core.gpu.simulated.description import Description, Noise
 from perseus_core.gpu.simulated.execution_log import ExecutionLog
 from perseus_core.gpu.simulated.model import GpuModel, GpuState, InstructionCost, Work
 from perseus_core.gpu.simulated.shared_record import SharedRecord
+from perseus_core.gpu.simulated.shortcomings import Shortcomings
 
 NODE_FILE = "node.json"
-_VERSION = 2
+_CALLS_FILE = "calls.lock"
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class NodeSettings:
     Attributes:
         type_names: for each of the model's costs, (stage, chunk, kind).
         noise: measurement noise.
+        shortcomings: what else they do wrong.
         seed: of the noise.
         power_limits_w: lowest, default and highest power limit.
         memory_clock_mhz: the one memory clock.
@@ -54,6 +57,7 @@ class NodeSettings:
 
     type_names: tuple[tuple[int, int, str], ...]
     noise: Noise
+    shortcomings: Shortcomings
     seed: int
     power_limits_w: tuple[float, float, float]
     memory_clock_mhz: int
@@ -101,7 +105,8 @@ class SimulatedGpu:
         target = self.model.clocks_mhz[physics.clock_index_at_most(self.model, highest_mhz)]
         with self.changing() as state:
             state.locked_mhz = [lowest_mhz, highest_mhz]
-            physics.request_clock(self.model, state, target)
+            if target not in self.settings.shortcomings.disobeyed_clocks_mhz:
+                physics.request_clock(self.model, state, target)
         self.log.clock_request(self.identity.index, state.time_s, target)
 
     def reset_clocks(self) -> None:
@@ -114,6 +119,14 @@ class SimulatedGpu:
     def effective_clock_mhz(self) -> int:
         """The clock it runs at now."""
         return self.model.clocks_mhz[physics.effective_clock_index(self.model, self.state())]
+
+    def reported_clock_mhz(self) -> int:
+        """The clock that NVML tells."""
+        register, state = self.settings.shortcomings.clock_register, self.state()
+        if register.reports == "clock asked for":
+            return (state.locked_mhz[1] if state.locked_mhz else self.model.clocks_mhz[0]) + register.offset_mhz
+        state.set_clock_mhz = physics.set_clock_at(state, state.time_s - register.lag_s)
+        return self.model.clocks_mhz[physics.effective_clock_index(self.model, state)] + register.offset_mhz
 
     def true_energy_j(self) -> float:
         """Oracle: the exact energy since the start, which no real GPU tells. The NVML counter lags behind it."""
@@ -158,10 +171,12 @@ class SimulatedNode:
             tuple(InstructionCost(tuple(c["time_s"]), tuple(c["energy_j"])) for c in model["costs"]),
             tuple(model["clock_latencies_s"]),
             model["counter_period_s"],
+            model["counter_window_s"],
         )
         self.settings = NodeSettings(
             tuple((stage, chunk, kind) for stage, chunk, kind in settings["type_names"]),
             Noise(**settings["noise"]),
+            Shortcomings.from_document(settings["shortcomings"]),
             settings["seed"],
             (settings["power_limits_w"][0], settings["power_limits_w"][1], settings["power_limits_w"][2]),
             settings["memory_clock_mhz"],
@@ -169,6 +184,7 @@ class SimulatedNode:
             (settings["compute_capability"][0], settings["compute_capability"][1]),
             settings["log"],
         )
+        self._calls = SharedRecord(folder / _CALLS_FILE)
         log = ExecutionLog(folder / "log", enabled=self.settings.log)
         self.gpus = tuple(
             SimulatedGpu(
@@ -214,10 +230,12 @@ class SimulatedNode:
             ),
             description.clock_latencies_s,
             description.energy_counter_period_s,
+            description.shortcomings.energy_counter_window_s,
         )
         settings = NodeSettings(
             tuple((t.stage, t.chunk, t.kind.value) for t in profile.types),
             description.noise,
+            description.shortcomings,
             description.seed,
             (description.min_power_limit_w, description.power_limit_w, description.max_power_limit_w),
             description.memory_clock_mhz,
@@ -230,6 +248,7 @@ class SimulatedNode:
         for identity in identities:
             state = GpuState(now_s, clocks[0], description.power_limit_w)
             SharedRecord.create(_state_file(folder, identity.index), _encode(state))
+        SharedRecord.create(folder / _CALLS_FILE, b"")
         (folder / "log").mkdir()
         document = {
             "version": _VERSION,
@@ -242,6 +261,18 @@ class SimulatedNode:
         unfinished.write_text(json.dumps(document), encoding="utf-8")
         unfinished.rename(folder / NODE_FILE)
         return cls(folder)
+
+    @contextmanager
+    def only_call(self) -> Iterator[None]:
+        """Inside, no other call of the driver goes on, whichever process makes it and on whichever GPU."""
+        with self._calls.locked():
+            yield
+
+    def group_of(self, gpu_index: int) -> tuple[SimulatedGpu, ...]:
+        """The ranks of its tensor-parallel group, itself included."""
+        size = self.settings.shortcomings.tensor_parallel
+        begin = gpu_index // size * size
+        return self.gpus[begin : begin + size]
 
     def cost_index(self, stage: int, chunk: int, kind: str) -> int:
         """Which of the model's costs an instruction type has.
@@ -258,13 +289,14 @@ class SimulatedNode:
 
 
 def _identity(description: Description, index: int, num_stages: int) -> Identity:
+    group = index // description.shortcomings.tensor_parallel
     unique = uuid.uuid5(uuid.NAMESPACE_OID, f"{description.name}/{description.seed}/{index}")
     return Identity(
         index,
         f"GPU-{unique}",
         description.name,
         f"{index // 200:08X}:{1 + index % 200:02X}:00.0",
-        description.stages[index] if description.stages else index % num_stages,
+        description.stages[index] if description.stages else group % num_stages,
     )
 
 
