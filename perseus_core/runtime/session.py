@@ -41,8 +41,8 @@ from perseus_core.runtime.side_threads import SideThreads
 
 # What a session may take of training when it ends, whatever hangs.
 _ENDING_S = 0.9
-# So many iterations in a row may pass in which no mark can be put on the compute stream.
-_MOST_UNMARKED = 100
+# So many iterations in a row may pass in which no mark can be put on the compute stream; others would miss us later.
+_MOST_UNMARKED = 20
 # A driver or a file system that has not answered by then has hung.
 _PREPARING_LIMIT_S = 20.0
 

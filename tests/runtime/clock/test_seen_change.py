@@ -105,6 +105,19 @@ def test_no_change_is_seen_where_there_is_none() -> None:
     assert change_seen([], ASKED_S) is None
 
 
+@pytest.mark.parametrize("clocks_mhz", [(1980, 1200), (1200, 1980)])
+def test_a_clock_that_goes_to_and_fro_has_no_one_change(clocks_mhz: tuple[int, int]) -> None:
+    """As where power lets it rise only now and then, before it is at last where it should be."""
+    changed = slices_of(clocks_mhz, 0.02)
+    before_s = changed[0].end_s - changed[0].begin_s
+    wavering = [
+        Slice(one.begin_s, one.begin_s + before_s) if i % 3 == 0 and i < len(changed) - 5 else one
+        for i, one in enumerate(changed)
+    ]
+    assert change_seen(changed, ASKED_S) is not None
+    assert change_seen(wavering, ASKED_S) is None
+
+
 def test_slices_that_come_when_all_is_over_tell_nothing() -> None:
     """As where they wait behind a backlog: the clock before is not among them."""
     slices = slices_of((1980, 1200), 0.02, until_s=0.1)
