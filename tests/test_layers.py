@@ -17,7 +17,7 @@ PACKAGES = ("perseus_core", "perseus_ds", "perseus_megatron")
 _BASICS = ("perseus_core", "perseus_core.errors", "perseus_core.files", "perseus_core.documents")
 _PLANNING = ("perseus_core.planning", *_BASICS)
 _RUNTIME = "perseus_core.runtime."
-_BASE_OF_RUNTIME = (_RUNTIME + "log", _RUNTIME + "cuda_driver", _RUNTIME + "side_threads", _RUNTIME + "background")
+_BASE_OF_RUNTIME = tuple(_RUNTIME + name for name in ("log", "patience", "cuda_driver", "side_threads"))
 _ALL_OF_RUNTIME = "perseus_core.runtime"
 _OF_A_JOB = ("perseus_core.gpu", _ALL_OF_RUNTIME, *_PLANNING)
 _OF_ADAPTERS = (_ALL_OF_RUNTIME, "perseus_autoload", *_PLANNING)
@@ -36,7 +36,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     _RUNTIME + "log": (),
     _RUNTIME + "cuda_driver": (_RUNTIME + "log",),
     _RUNTIME + "side_threads": (_RUNTIME + "log", _RUNTIME + "cuda_driver"),
-    _RUNTIME + "background": (),
+    _RUNTIME + "patience": ("perseus_core.gpu.errors",),
     _RUNTIME + "settings": _PLANNING,
     _RUNTIME + "measure": ("perseus_core.gpu", *_BASE_OF_RUNTIME, *_PLANNING),
     _RUNTIME + "clock": (

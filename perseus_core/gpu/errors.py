@@ -21,5 +21,9 @@ class NotSupported(GpuError):  # noqa: N818 (named by what happened)
     """This GPU or this driver cannot do that."""
 
 
+class CallFailed(GpuError):  # noqa: N818 (named by what happened)
+    """A call has failed for a reason that may pass; the next one may not."""
+
+
 class GpuLost(GpuError):  # noqa: N818 (named by what happened)
     """The GPU has fallen off the bus, or needs a reset."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from perseus_core.gpu.device import ThrottleReason
 from perseus_core.gpu.energy import PowerIntegrator
-from perseus_core.gpu.errors import GpuError, GpuLost, NoDriver, NoPermission, NotSupported
+from perseus_core.gpu.errors import CallFailed, GpuError, GpuLost, NoDriver, NoPermission, NotSupported
 
 T = TypeVar("T")
 
@@ -58,6 +58,7 @@ def ask(doing: str, gpu: str, call: Callable[[Any], T]) -> T:
         NoPermission: if this process may not do that.
         NotSupported: if the GPU or the driver cannot.
         GpuLost: if the GPU has gone.
+        CallFailed: if it failed for a reason that may pass.
         GpuError: for any other NVML error.
     """
     nvml = _import_pynvml()
@@ -103,6 +104,11 @@ def _forget_initialisation() -> None:
 os.register_at_fork(after_in_child=_forget_initialisation)
 
 
+# nvml.h, of a driver that is busy or being reset: timeout, interrupt request, operating system, in use, memory, no
+# data, insufficient resources, not ready, invalid state, unknown.
+_MAY_PASS = frozenset({10, 11, 17, 19, 20, 21, 23, 27, 29, 999})
+
+
 def _our_error(nvml: Any, error: Any, what: str) -> GpuError:
     code = error.value
     if code == nvml.NVML_ERROR_NO_PERMISSION:
@@ -115,6 +121,8 @@ def _our_error(nvml: Any, error: Any, what: str) -> GpuError:
         return NoDriver(f"{what}: no NVIDIA driver is loaded ({error}); install it, or try `perseus simulate`")
     if code == nvml.NVML_ERROR_NOT_FOUND:
         return GpuError(f"{what}: no such GPU; `nvidia-smi -L` lists those of this machine")
+    if code in _MAY_PASS:
+        return CallFailed(f"{what}: NVML reports {error} (code {code}), which may pass; see `dmesg` if it does not")
     return GpuError(f"{what}: NVML reports {error} (code {code}); see `nvidia-smi` for the state of the GPU")
 
 

@@ -13,7 +13,7 @@ import socket
 from typing import Any
 from urllib.parse import urlencode
 
-from perseus_core.gpu.errors import GpuError, GpuLost, NoPermission, NotSupported
+from perseus_core.gpu.errors import CallFailed, GpuError, GpuLost, NoPermission, NotSupported
 from perseus_core.gpu.nvml import NvmlDevice
 
 SOCKET_VARIABLE = "ZEUSD_SOCK_PATH"
@@ -67,7 +67,7 @@ class ZeusdClient:
             answer = connection.getresponse()
             status, body = answer.status, answer.read().decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
-            raise GpuError(
+            raise CallFailed(
                 f"{doing} through zeusd at {self.socket_path}: no answer ({error}); start the daemon, or unset "
                 f"{SOCKET_VARIABLE} to do without it"
             ) from None
@@ -100,7 +100,7 @@ def _our_error(status: int, body: str, what: str) -> GpuError:
         return NotSupported(f"{what}: not supported ({said}); update zeusd, and start it with gpu-control enabled")
     if "lost" in body.lower():
         return GpuLost(f"{what}: the GPU is lost ({said}); reset it or restart the machine")
-    return GpuError(f"{what}: failed ({said}); see the daemon's log")
+    return CallFailed(f"{what}: failed ({said}); see the daemon's log")
 
 
 class ZeusdDevice(NvmlDevice):

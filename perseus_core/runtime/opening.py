@@ -16,6 +16,7 @@ from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, Metric, logger, show_log
 from perseus_core.runtime.measure.events import EventSource, HostEvents
 from perseus_core.runtime.measure.profile_cache import ProfileCache
+from perseus_core.runtime.patience import patiently
 from perseus_core.runtime.ranks.conversation import Conversation
 from perseus_core.runtime.ranks.records import RankState
 from perseus_core.runtime.ranks.store import LocalStore, Store, StoreError, job_store
@@ -126,10 +127,10 @@ def prepare(settings: Settings, job: Job, find_device: Callable[[], Device], thr
         threads: time and threads of the planner.
     """
     try:
-        device = find_device()
+        device = patiently(find_device)
         # Asked once for everything that is asked of it later, so that nothing waits for the driver then.
-        device.total_energy_j()
-        clocks_mhz = device.supported_clocks_mhz()
+        patiently(device.total_energy_j)
+        clocks_mhz = patiently(device.supported_clocks_mhz)
     except PerseusError as error:
         return Prepared(why_not=str(error))
     if job.rank != 0:

@@ -70,10 +70,6 @@ class VirtualClock:
         """See `SettableClock`."""
         return self._device.sm_clock_mhz()
 
-    def leave_to_others(self) -> None:
-        """See `SettableClock`."""
-        self._may_be_locked = False
-
     def release(self, limit_s: float) -> None:
         """See `SettableClock`."""
         if not self._is_released:

@@ -19,7 +19,7 @@ import perseus_core.gpu
 from perseus_core.gpu import nvml
 from perseus_core.gpu.device import Device, ThrottleReason
 from perseus_core.gpu.energy import PowerIntegrator
-from perseus_core.gpu.errors import GpuError, GpuLost, NoDriver, NoPermission, NotSupported
+from perseus_core.gpu.errors import CallFailed, GpuError, GpuLost, NoDriver, NoPermission, NotSupported
 from perseus_core.gpu.nvml import NvmlDevice, list_gpus
 from perseus_core.gpu.simulated import SimulatedNode, WorkEmulator, faults
 from perseus_core.gpu.simulated.activation import uninstall
@@ -118,7 +118,9 @@ def test_the_integrator_is_exact_for_constant_power_and_reports_its_end() -> Non
         (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, NoDriver, "perseus simulate"),
         (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, NoDriver, "driver"),
         (pynvml.NVML_ERROR_NOT_FOUND, GpuError, "no such GPU"),
-        (pynvml.NVML_ERROR_UNKNOWN, GpuError, "code 999"),
+        (pynvml.NVML_ERROR_UNKNOWN, CallFailed, "code 999"),
+        (pynvml.NVML_ERROR_TIMEOUT, CallFailed, "may pass"),
+        (pynvml.NVML_ERROR_CORRUPTED_INFOROM, GpuError, "code 14"),
     ],
 )
 def test_nvml_errors_become_our_few(node: SimulatedNode, code: int, kind: type[GpuError], words: str) -> None:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from perseus_core.gpu.discovery import visible_devices
-from perseus_core.gpu.errors import GpuError, GpuLost, NoPermission, NotSupported
+from perseus_core.gpu.errors import CallFailed, GpuError, GpuLost, NoPermission, NotSupported
 from perseus_core.gpu.simulated import SimulatedNode, faults
 from perseus_core.gpu.zeusd import ZeusdClient, ZeusdDevice
 
@@ -124,7 +124,7 @@ def test_without_the_variable_nvml_refuses(daemon: StandIn) -> None:
         (400, '{"errors": {"0": "NVML error: not supported"}}', NotSupported),
         (404, "", NotSupported),
         (500, '{"errors": {"0": "NVML error: the GPU is lost"}}', GpuLost),
-        (500, '{"errors": {"0": "unknown"}}', GpuError),
+        (500, '{"errors": {"0": "unknown"}}', CallFailed),
     ],
 )
 def test_the_daemons_errors_become_our_few(

@@ -16,19 +16,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perseus_core.gpu.device import Device
-from perseus_core.gpu.errors import GpuError
+from perseus_core.gpu.errors import CallFailed, GpuError
 from perseus_core.gpu.slices import Slices
 from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.cycle_counting import CycleCounting
 from perseus_core.runtime.clock.give_back import ClockGivenBack, GuardedClock
 from perseus_core.runtime.clock.lookahead import Lookahead
-from perseus_core.runtime.clock.override import ClockOverridden, OverrideWatch
+from perseus_core.runtime.clock.override import OverrideWatch
 from perseus_core.runtime.clock.planned_clock import PlannedClock
 from perseus_core.runtime.clock.settable_clock import Guard
 from perseus_core.runtime.clock.switch_latency import LIMIT_S as COUNTING_LIMIT_S
 from perseus_core.runtime.clock.switch_latency import LOOK_EVERY_S as LOOK_AT_CHANGE_EVERY_S
 from perseus_core.runtime.clock.switch_latency import SwitchLatency
 from perseus_core.runtime.measure.events import Event
+from perseus_core.runtime.patience import Patience
 from perseus_core.runtime.side_threads import SideThread, SideThreads
 
 # How often it looks for the next event where it cannot wait for it: because it is not recorded yet (waking a thread
@@ -116,6 +117,7 @@ class ClockController:
         counting = None if slices is None else CycleCounting(slices, threads, COUNTING_LIMIT_S)
         self._latency = SwitchLatency(switch_latency_s, threads.now_s, counting)
         self._override_watch = OverrideWatch(device.uuid)
+        self._patience = Patience()
         self._clock = guard(device, self._give_up)
         self._in_force_mhz: int | None = None
         self._settles_at_s = -math.inf  # when the last change that was asked for is in force
@@ -230,14 +232,15 @@ class ClockController:
         """Does what is due; returns for how long or for what to wait, None at the end."""
         try:
             if self._take_what_was_reached():
-                self._set_wanted_clock()
-                self._look_for_other_programs()
+                try:
+                    self._set_wanted_clock()
+                    self._look_for_other_programs()
+                except CallFailed as error:
+                    self._in_force_mhz = None  # nobody knows, so what is wanted is asked for again
+                    return self._patience.bear(error, self._threads.now_s())
                 return self._what_to_wait_for()
         except ClockGivenBack:
             pass  # by another thread, which has said why
-        except ClockOverridden as error:
-            self._clock.leave_to_others()
-            self._give_up(error)
         except GpuError as error:
             self._give_up(error)
         except Exception as error:
@@ -320,6 +323,7 @@ class ClockController:
             before_mhz = self._in_force_mhz or wanted_mhz
             self._settles_at_s = now_s + self._latency.switching.latency_s(before_mhz, wanted_mhz)
             self._latency.lock(self._clock, wanted_mhz, self._in_force_mhz)
+        self._patience.succeeded()
         self._in_force_mhz = wanted_mhz
         self._override_watch.asked(wanted_mhz, self._threads.now_s())
 

@@ -36,6 +36,7 @@ from perseus_core.gpu.errors import GpuError, NoPermission, NotSupported
 from perseus_core.runtime.clock.clock_owner import ClockClaim, claim_clock
 from perseus_core.runtime.clock.watchdog import ProcessState, process_start_ticks, process_state
 from perseus_core.runtime.clock.watchdog_memory import WatchdogMemory
+from perseus_core.runtime.patience import patiently
 
 T = TypeVar("T")
 
@@ -148,10 +149,6 @@ class GuardedClock:
             self._call(self._device.reset_clock)
             self._memory.may_be_locked = False
 
-    def leave_to_others(self) -> None:
-        """Another program has set the clock: what there is to give back is not ours."""
-        self._memory.may_be_locked = False
-
     def sm_clock_mhz(self) -> int:
         """The clock it runs at now."""
         return self._call(self._device.sm_clock_mhz)
@@ -189,7 +186,7 @@ class GuardedClock:
     def _reset_and_leave(self) -> None:
         in_flight = self._call_since_s is not None
         try:
-            self._device.reset_clock()
+            patiently(self._device.reset_clock)
         except GpuError:
             return  # the watchdog will try again
         if not in_flight:
@@ -224,7 +221,7 @@ class GuardedClock:
         try:
             self._claim = claim_clock(self._device.uuid, patience_s=_CLAIM_PATIENCE_S)
             if self._claim.was_left_behind:
-                self._device.reset_clock()
+                patiently(self._device.reset_clock)
             self._start_watchdog()
             self._is_guarded.set()
             while not self._leaving.wait(_CHECK_EVERY_S):

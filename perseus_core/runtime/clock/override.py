@@ -17,7 +17,7 @@ _MOST_IN_A_ROW = 5
 
 
 class ClockOverridden(GpuError):  # noqa: N818 (named by what happened)
-    """Another program sets the clock again and again."""
+    """Another program sets the clock again and again, or the GPU does not obey."""
 
 
 class OverrideWatch:
@@ -66,12 +66,12 @@ class OverrideWatch:
             self._num_in_a_row = 0
             return False
         self._num_in_a_row += 1
-        what = f"the clock of {self._uuid} was set by another program ({seen_mhz} MHz instead of {expected[-1]} MHz)"
+        what = f"{self._uuid} runs at {seen_mhz} MHz instead of {expected[-1]} MHz"
         if self._num_in_a_row > _MOST_IN_A_ROW:
-            raise ClockOverridden(f"{what}, again and again; it is left alone; keep that program off the job's GPUs")
+            raise ClockOverridden(f"{what}, again and again; its clock is given back: keep other programs off it")
         if not self._has_said_so:
             self._has_said_so = True
-            logger.warning("%s; it is locked again", what)
+            logger.warning("%s: another program sets its clock, or it does not obey; it is locked again", what)
         return True
 
     def _forget_what_is_over(self, now_s: float) -> None:

@@ -55,9 +55,6 @@ class SettableClock(Protocol):
             GpuError: if it does not tell.
         """
 
-    def leave_to_others(self) -> None:
-        """Another program has set the clock: what there is to give back is not ours."""
-
     def release(self, limit_s: float) -> None:
         """Gives the clock back, for good, and waits no longer than this for it. Any thread, any number of times."""
 

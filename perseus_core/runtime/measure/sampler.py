@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from perseus_core.gpu.device import Device, ThrottleReason
-from perseus_core.gpu.errors import NotSupported
+from perseus_core.gpu.errors import CallFailed, NotSupported
+from perseus_core.runtime.patience import Patience
 from perseus_core.runtime.side_threads import SideThread, SideThreads
 
 # A counter that moves every 100 ms fills this in more than half an hour.
@@ -158,6 +159,7 @@ class _CounterFollower:
         self._keep = keep
         self._counter_period_s = counter_period_s
         self._counts_energy = True
+        self._patience = Patience()
         self._last_energy_j: float | None = None
         self._last_look_s = 0.0
         self._expected_s: float | None = None
@@ -172,9 +174,12 @@ class _CounterFollower:
             energy_j = self._device.total_energy_j()
             if energy_j != self._last_energy_j:
                 self._has_moved(energy_j, called_s)
+        except CallFailed as error:
+            return self._bear(error)
         except Exception as error:  # whatever it is, it is not training's business
             self.failure = error
             return None
+        self._patience.succeeded()
         self._last_look_s = called_s
         if self._expected_s is None:
             return self._period_s
@@ -183,6 +188,13 @@ class _CounterFollower:
         if until_s < -2 * _LONGEST_LEAD_S:
             return self._period_s
         return until_s if until_s > _CLOSE_LOOK_S else _CLOSE_LOOK_S
+
+    def _bear(self, error: CallFailed) -> float | None:
+        try:
+            return self._patience.bear(error, self._now_s())
+        except CallFailed as lasting:
+            self.failure = lasting
+            return None
 
     def _has_moved(self, energy_j: float, called_s: float) -> None:
         returned_s = self._now_s()
