@@ -76,6 +76,7 @@ def run_with_switching(
     num_clocks: int,
     up: float,
     down: float,
+    call: float,
     jitter: float,
     outside: float,
     waiting_power: float,

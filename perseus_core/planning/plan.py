@@ -279,7 +279,8 @@ def make_plan(
 
 def _read_switching(fields: Fields) -> Switching:
     most = None if fields.fields.get("max_changes_per_s") is None else fields.number("max_changes_per_s")
-    return Switching(fields.number("up_s"), fields.number("down_s"), fields.number("jitter_s"), most)
+    call_s = fields.number("call_s") if "call_s" in fields.fields else 0.0  # before it was known
+    return Switching(fields.number("up_s"), fields.number("down_s"), fields.number("jitter_s"), most, call_s)
 
 
 def _read_stage(fields: Fields, stage: int, order: object) -> tuple[PlannedInstruction, ...]:

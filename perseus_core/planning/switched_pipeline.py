@@ -29,10 +29,10 @@ def execute_with_switching(problem: PipelineProblem, clocks_mhz: ClocksMhz, swit
 
     The clock of an instruction is asked for so early that it is in force when the one before it on its stage ends
     (earlier or later by the jitter), so idle time in between hides a change that comes late. It is not asked for before
-    the last change is in force, nor before its stage has begun the iteration: until then nobody knows when its
-    instructions will end. What is wanted for less time than that never comes. An instruction progresses at the speed of
-    the clock in force, and draws its power. An iteration follows another like it, with the time outside the pipeline in
-    between.
+    the last change is in force and its call has returned, nor before its stage has begun the iteration: until then
+    nobody knows when its instructions will end. What is wanted for less time than that never comes. An instruction
+    progresses at the speed of the clock in force, and draws its power. An iteration follows another like it, with the
+    time outside the pipeline in between; where iterations differ for ever, this is the longest.
 
     Args:
         problem: the pipeline.
@@ -91,6 +91,7 @@ class SwitchedPipeline:
             len(self._all_clocks_mhz),
             switching.up_s,
             switching.down_s,
+            switching.call_s,
             switching.jitter_s,
             problem.outside_time_s,
             problem.blocking_power_w,

@@ -446,7 +446,7 @@ class Session:
     def _make_report(self, order: Order) -> RankReport:
         rank, meter, reason = self._job.rank, self._meter, order.reason
         pipeline_time_s = meter.unlocked_pipeline_time_s(order.usual_microbatches)
-        up_s, down_s = self._clocks.measured_latencies_s
+        changes = self._clocks.seen_changes
         if reason is not Reason.PROFILED:
             stretches = meter.stretches(3 if reason is Reason.SPEED_CHANGED else self._settings.watch_iterations)
             return RankReport(
@@ -454,8 +454,7 @@ class Session:
                 meter.no_measurements(),
                 stretches,
                 pipeline_time_s=pipeline_time_s,
-                up_s=up_s,
-                down_s=down_s,
+                changes=changes,
             )
         said = said_orders(self._job, order.usual_microbatches)
         follows = bool(said) and meter.traced == said[self._job.stage]
@@ -464,8 +463,7 @@ class Session:
             meter.measurements(),
             traced=() if follows else meter.traced,
             pipeline_time_s=pipeline_time_s,
-            up_s=up_s,
-            down_s=down_s,
+            changes=changes,
         )
 
     # When something is wrong

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
 from perseus_core.runtime.clock.give_back import ClockGivenBack
+from perseus_core.runtime.patience import patiently
 from tests.cluster.virtual_threads import VirtualThreads
 
 # The watchdog of a real clock is a process, which has to start.
@@ -76,7 +77,7 @@ class VirtualClock:
             self._is_released = True
             if self._may_be_locked:
                 self._may_be_locked = False
-                self._device.reset_clock()
+                patiently(self._device.reset_clock, now_s=self._threads.now_s, sleep=self._threads.spend)
 
     def take_away(self) -> None:
         """As the watchdog does with a process that hangs: the clock is reset, and may be locked again later."""

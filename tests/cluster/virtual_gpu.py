@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from perseus_core.gpu.device import ThrottleReason
-from perseus_core.gpu.errors import GpuError, GpuLost, NoPermission
+from perseus_core.gpu.errors import CallFailed, GpuError, GpuLost, NoPermission
 from perseus_core.gpu.simulated.description import Description
 from perseus_core.gpu.simulated.model import GpuModel, clock_index_at_most, interpolate_costs
+from perseus_core.gpu.simulated.shortcomings import ClockRegister
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType
 from tests.cluster.virtual_threads import VirtualThreads
@@ -115,6 +116,9 @@ class VirtualGpu:
         lock_call_s: how long a call that sets the clock takes.
         num_lock_calls: how many were made.
         capped_from_mhz: at this clock and above it says that it is at its power limit.
+        register: what it tells of its clock, beside the truth.
+        fails: whether a call fails, for a reason that may pass, by its number.
+        disobeyed_mhz: clocks that are accepted and not obeyed.
     """
 
     counts_energy = True
@@ -138,6 +142,11 @@ class VirtualGpu:
         self.num_lock_calls = 0
         self.slowdown = 1.0
         self.capped_from_mhz: float = math.inf
+        self.register = ClockRegister()
+        self.fails: Callable[[int], bool] = lambda _: False
+        self.disobeyed_mhz: frozenset[int] = frozenset()
+        self._num_calls = 0
+        self._former: deque[tuple[float, int]] = deque(maxlen=64)  # until when which clock was set
         self.model = model
         self._work = work
         self._random = random_numbers
@@ -168,16 +177,24 @@ class VirtualGpu:
     def sm_clock_mhz(self) -> int:
         """See `Device`."""
         self._raise_if_lost()
-        now_s = self.threads.now_s()
+        if self.register.reports == "clock asked for":
+            place = self._asked[-1][1] if self._asked else self._set_clock
+            return self.model.clocks_mhz[place] + self.register.offset_mhz
+        told_s = self.threads.now_s() - self.register.lag_s
         place = self._set_clock
         for in_force_s, asked in self._asked:
-            if in_force_s <= now_s:
+            if in_force_s <= told_s:
                 place = asked
-        return self.model.clocks_mhz[max(place, self._highest_clock)]
+        if self.register.lag_s:
+            place = next((former for until_s, former in self._former if told_s < until_s), place)
+        return self.model.clocks_mhz[max(place, self._highest_clock)] + self.register.offset_mhz
 
     def lock_clock(self, clock_mhz: int) -> None:
         """See `Device`."""
-        self._ask_for(clock_index_at_most(self.model.gpu, clock_mhz))
+        place = clock_index_at_most(self.model.gpu, clock_mhz)
+        if self.model.clocks_mhz[place] in self.disobeyed_mhz:
+            place = self._asked[-1][1] if self._asked else self._set_clock
+        self._ask_for(place)
         self.num_lock_calls += 1
 
     def reset_clock(self) -> None:
@@ -203,8 +220,7 @@ class VirtualGpu:
         """See `Device`."""
         if self._next_move_s <= self.threads.queue.now_s:
             self._move_counter(self.threads.queue.now_s)
-        if self._fault is not None:
-            self._raise_if_lost()
+        self._raise_if_lost()
         return self._counter_j
 
     def throttle_reasons(self) -> ThrottleReason:
@@ -262,6 +278,7 @@ class VirtualGpu:
     # Clocks
 
     def _ask_for(self, place: int) -> None:
+        self._raise_if_failing()
         if self._fault is not None:
             raise self._fault
         up_s, down_s, jitter_s = self.model.gpu.clock_latencies_s
@@ -275,6 +292,7 @@ class VirtualGpu:
         self.threads.queue.call_at(in_force_s, self._come_into_force)
 
     def _come_into_force(self) -> None:
+        self._former.append((self.threads.queue.now_s, self._set_clock))
         self._change(set_clock=self._asked.popleft()[1])
 
     def _change(
@@ -344,6 +362,12 @@ class VirtualGpu:
         is_done = self._activity >= 0 and self._busy_until_s <= time_s
         return self._powers_w[WAITING if is_done else self._activity]
 
+    def _raise_if_failing(self) -> None:
+        self._num_calls += 1
+        if self.fails(self._num_calls):
+            raise CallFailed(f"asking {self.uuid} something: timeout")
+
     def _raise_if_lost(self) -> None:
+        self._raise_if_failing()
         if isinstance(self._fault, GpuLost):
             raise self._fault

@@ -1,7 +1,7 @@
 /* What really happens when changes of clock take time.
  *
  * The clock for the node behind is asked for a latency before the node on the GPU ends, so that it is in force at the
- * boundary; never before the last change is in force, nor before the stage has begun the iteration: until then nobody knows
+ * boundary; never before the last change is in force and its call has returned, nor before the stage has begun the iteration: until then nobody knows
  * when its nodes will end. Where a GPU cannot be as quick as that, it asks as soon as it may, and
  * for the clock wanted by the time that this one is in force: what was wanted in between never comes. An instruction progresses
  * at the speed of the clock in force, and draws its power. */
@@ -37,6 +37,12 @@ static double lead_to(const Pipeline *p, const Gpu *gpu, const double *time, int
     return p->latency.up + p->latency.jitter * fmax(1, time[gpu->clock] / time[wanted]);
 }
 
+static Change change_to(const Pipeline *p, Gpu *gpu, double asked, int32_t from, int32_t to) {
+    const double latency = latency_to(p, from, to);
+    gpu->free_at = asked + fmax(latency, p->latency.call);
+    return (Change){asked, asked + latency, to};
+}
+
 /* Asks for the clock that is wanted when a node ends, when it may, but no sooner than its stage's first node began. */
 static void ask(const Pipeline *p, Gpu *gpu, const double *time, double began, double end, int32_t wanted) {
     const int32_t newest = newest_clock(gpu, 0);
@@ -48,18 +54,15 @@ static void ask(const Pipeline *p, Gpu *gpu, const double *time, double began, d
             const int32_t earlier = newest_clock(gpu, 1);
             if (wanted == earlier) {
                 gpu->num_pending--;
-                gpu->last_at = last->asked;
-            } else {
-                last->at = gpu->last_at = last->asked + latency_to(p, earlier, wanted);
-                last->clock = wanted;
-            }
+                gpu->free_at = last->asked;
+            } else
+                *last = change_to(p, gpu, last->asked, earlier, wanted);
             return;
         }
         if (gpu->num_pending == 2) take_effect(gpu); /* in force before another may be asked for */
     }
-    if (asked < gpu->last_at) asked = gpu->last_at;
-    gpu->last_at = asked + latency_to(p, newest, wanted);
-    gpu->pending[gpu->num_pending++] = (Change){asked, gpu->last_at, wanted};
+    if (asked < gpu->free_at) asked = gpu->free_at;
+    gpu->pending[gpu->num_pending++] = change_to(p, gpu, asked, newest, wanted);
 }
 
 static void run_node(Pipeline *p, int32_t node, double start, Gpu *gpu) {
@@ -135,11 +138,11 @@ static int go_on(Pipeline *p) {
             now.pending[i].asked -= until_next;
             now.pending[i].at -= until_next;
         }
-        now.last_at = fmax(now.last_at - until_next, earliest_asked);
+        now.free_at = fmax(now.free_at - until_next, earliest_asked);
         p->first[s] = now;
         let_take_effect(&now, p->end[node] - p->duration[node]);
         differs |= now.clock != then->clock || now.num_pending != then->num_pending ||
-                   fabs(now.last_at - then->last_at) > tiny;
+                   fabs(now.free_at - then->free_at) > tiny;
         for (int i = 0; i < now.num_pending && !differs; i++)
             differs |= now.pending[i].clock != then->pending[i].clock || fabs(now.pending[i].at - then->pending[i].at) > tiny;
     }

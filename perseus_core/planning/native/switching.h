@@ -10,16 +10,17 @@ typedef struct {
     int32_t clock;
 } Change;
 
-/* What a stage's GPU does about its clock. A change is asked for when the one before it is in force, so of those not in
- * force yet one is on its way, and another may be waiting for it. */
+/* What a stage's GPU does about its clock. A change is asked for when the one before it is in force and its call has returned,
+ * so of those not in force yet one is on its way, and another may be waiting for it. */
 typedef struct {
     int32_t clock, num_pending;
     Change pending[2];
-    double last_at; /* when the newest change is, or was, in force */
+    double free_at; /* when another change may be asked for */
 } Gpu;
 
 typedef struct {
     double up, down; /* from asking for a higher, or a lower, clock until it is in force */
+    double call;     /* from asking until another change may be asked for, though the first be in force before */
     double jitter;   /* a rise is asked for so much earlier, and a fall so much later, than would do if all were certain */
 } Latency;
 

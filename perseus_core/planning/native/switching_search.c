@@ -249,7 +249,7 @@ static void release(Pipeline *p) {
 
 static void run_at(Pipeline *p, const int32_t *clock) {
     memcpy(p->clock, clock, (size_t)p->num_nodes * sizeof *clock);
-    for (int32_t s = 0; s < p->num_stages; s++) p->first[s] = (Gpu){.clock = clock[p->first_node[s]], .last_at = -INFINITY};
+    for (int32_t s = 0; s < p->num_stages; s++) p->first[s] = (Gpu){.clock = clock[p->first_node[s]], .free_at = -INFINITY};
     run_until_steady(p);
 }
 
@@ -266,9 +266,10 @@ static void search(Search *s, const int32_t *clock, int64_t num_moves, double wa
 
 const char run_with_switching_doc[] =
     "run_with_switching(first_predecessor, predecessor, predecessor_latency, stage, type, before, behind, first_node, order,\n"
-    "                   begin_of_stage, time, cost, measured, clock, num_clocks, up, down, jitter, outside, waiting_power,\n"
+    "                   begin_of_stage, time, cost, measured, clock, num_clocks, up, down, call, jitter, outside, waiting_power,\n"
     "                   limit, max_changes_per_s, num_moves, warmth, /)\n\n"
-    "Runs an iteration in which changes of clock take time: up or down from asking until in force, give or take jitter. With\n"
+    "Runs an iteration in which changes of clock take time: up or down from asking until in force, give or take jitter;\n"
+    "another may be asked for when it is in force, and a call has returned. With\n"
     "num_moves, clocks are searched for first, from the given ones on, that take no longer than `limit` without `outside`,\n"
     "with at most so many changes a second on each stage. If none are found, what is returned is late, or changes more often.\n\n"
     "Nodes are numbered in a topological order. time, cost, measured: per type and clock, faster clocks behind slower ones.\n"
@@ -284,8 +285,8 @@ PyObject *run_with_switching(PyObject *module, PyObject *args) {
     double outside, waiting_power, limit, max_changes_per_s, warmth;
     long long num_moves;
     int num_clocks;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*y*y*y*y*y*y*y*idddddddLd", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &b[7],
-                          &b[8], &b[9], &b[10], &b[11], &b[12], &b[13], &num_clocks, &latency.up, &latency.down, &latency.jitter,
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*y*y*y*y*y*y*y*iddddddddLd", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &b[7],
+                          &b[8], &b[9], &b[10], &b[11], &b[12], &b[13], &num_clocks, &latency.up, &latency.down, &latency.call, &latency.jitter,
                           &outside, &waiting_power, &limit, &max_changes_per_s, &num_moves, &warmth))
         return NULL;
     const size_t n = (size_t)b[CLOCK].len / sizeof(int32_t), num_stages = (size_t)b[FIRST_NODE].len / sizeof(int32_t);

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import CallFailed, GpuError
 from perseus_core.gpu.slices import Slices
-from perseus_core.planning.switching import Switching
+from perseus_core.planning.switching import SeenChanges, Switching
 from perseus_core.runtime.clock.cycle_counting import CycleCounting
 from perseus_core.runtime.clock.give_back import ClockGivenBack, GuardedClock
 from perseus_core.runtime.clock.lookahead import Lookahead
@@ -222,9 +222,9 @@ class ClockController:
         return self._latency.switching
 
     @property
-    def measured_latencies_s(self) -> tuple[float, float]:
-        """What changes up and down take on this GPU; 0 where that was not measured yet."""
-        return self._latency.up_s, self._latency.down_s
+    def seen_changes(self) -> SeenChanges:
+        """What changes were seen to take on this GPU."""
+        return self._latency.seen
 
     # The controller's thread
 

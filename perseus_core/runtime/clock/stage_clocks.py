@@ -8,7 +8,7 @@ from enum import Enum
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
 from perseus_core.gpu.slices import Slices
-from perseus_core.planning.switching import Switching
+from perseus_core.planning.switching import NOTHING_SEEN, SeenChanges, Switching
 from perseus_core.runtime.clock.controller import ClockController
 from perseus_core.runtime.clock.give_back import GuardedClock
 from perseus_core.runtime.clock.planned_clock import PlannedClock
@@ -75,9 +75,9 @@ class StageClocks:
             self._controller.stop(limit_s)
 
     @property
-    def measured_latencies_s(self) -> tuple[float, float]:
-        """What changes up and down take on this GPU; 0 where that was not measured yet."""
-        return (0.0, 0.0) if self._controller is None else self._controller.measured_latencies_s
+    def seen_changes(self) -> SeenChanges:
+        """What changes of clock were seen to take."""
+        return NOTHING_SEEN if self._controller is None else self._controller.seen_changes
 
     def follow(self, clocks: Sequence[PlannedClock], switching: Switching) -> None:
         """The iteration that begins runs at the plan's clocks; `switching` is what they were planned for."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from perseus_core.planning.switching import USUAL_JITTER_S, Switching
+from perseus_core.planning.switching import USUAL_JITTER_S, SeenChanges, Switching
 from perseus_core.runtime.clock.cycle_counting import CycleCounting
 from perseus_core.runtime.clock.settable_clock import SettableClock
 from perseus_core.runtime.log import logger
@@ -25,13 +25,15 @@ _MOST_UNSEEN = 3
 _SMALLEST_COUNTED = 1.05
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Change:
-    """A change of clock that was asked for and does not show yet."""
+    """A change of clock that was asked for, by a call that has returned, and does not show yet."""
 
     before_mhz: int
     clock_mhz: int
     asked_s: float
+    returned_s: float
+    num_looks: int = 0
 
     @property
     def is_up(self) -> bool:
@@ -68,6 +70,7 @@ class SwitchLatency:
         self._watched: _Change | None = None
         self._up_s: deque[float] = deque(maxlen=_KEPT)
         self._down_s: deque[float] = deque(maxlen=_KEPT)
+        self._calls_s: deque[float] = deque(maxlen=_KEPT)
         self._num_switches = 0
         self.switching = self._measured()
 
@@ -89,7 +92,7 @@ class SwitchLatency:
         """
         self._num_switches += 1
         if self._num_switches > _NUM_FIRST and self._num_switches % _ONE_IN != 0:
-            clock.lock(clock_mhz)
+            self._call(clock, clock_mhz)
             return
         counting = self._counting
         if counting is None or locked_mhz is None:
@@ -101,13 +104,18 @@ class SwitchLatency:
             counting.begin()
         asked_s = self._now_s()
         try:
-            clock.lock(clock_mhz)
+            self._call(clock, clock_mhz)
         except BaseException:
             self.look_no_longer()
             raise
         if shows:
-            self._watched = _Change(locked_mhz, clock_mhz, asked_s)
+            self._watched = _Change(locked_mhz, clock_mhz, asked_s, self._now_s())
             self.look(clock)
+
+    def _call(self, clock: SettableClock, clock_mhz: int) -> None:
+        asked_s = self._now_s()
+        clock.lock(clock_mhz)
+        self._calls_s.append(self._now_s() - asked_s)
 
     def look(self, clock: SettableClock) -> None:
         """Looks whether the change shows.
@@ -140,9 +148,14 @@ class SwitchLatency:
 
     def _registered(self, change: _Change, clock: SettableClock) -> float | None:
         """The same, as the register shows it."""
-        seen_mhz = clock.sm_clock_mhz()
-        elapsed_s = self._now_s() - change.asked_s
-        return elapsed_s if abs(seen_mhz - change.clock_mhz) < abs(seen_mhz - change.before_mhz) else None
+        seen_mhz, now_s = clock.sm_clock_mhz(), self._now_s()
+        if abs(seen_mhz - change.clock_mhz) >= abs(seen_mhz - change.before_mhz):
+            change.num_looks += 1
+            return None
+        if change.num_looks == 0 and not change.is_up:
+            # It was in force at some time during the call: sooner rather than later, since a fall must not come early.
+            return max(LOOK_EVERY_S, now_s - change.returned_s)
+        return now_s - change.asked_s
 
     def assume(self, switching: Switching) -> None:
         """What a plan takes for true, until it has been measured here."""
@@ -150,14 +163,13 @@ class SwitchLatency:
         self.switching = self._measured()
 
     @property
-    def up_s(self) -> float:
-        """As measured; 0 if it was not yet."""
-        return statistics.median(self._up_s) if len(self._up_s) >= _NEEDED else 0.0
-
-    @property
-    def down_s(self) -> float:
-        """As measured; 0 if it was not yet."""
-        return min(self._down_s) if len(self._down_s) >= _NEEDED else 0.0
+    def seen(self) -> SeenChanges:
+        """What changes were seen to take."""
+        return SeenChanges(
+            up_s=statistics.median(self._up_s) if len(self._up_s) >= _NEEDED else 0.0,
+            down_s=min(self._down_s) if len(self._down_s) >= _NEEDED else 0.0,
+            call_s=statistics.median(self._calls_s) if len(self._calls_s) >= _NEEDED else 0.0,
+        )
 
     def look_no_longer(self) -> None:
         """Another change is due: how long this one takes will not be known."""
@@ -167,7 +179,7 @@ class SwitchLatency:
 
     def _measured(self) -> Switching:
         """As far as it is known: of the other direction, or as assumed, until enough changes were seen."""
-        up_s, down_s = self.up_s, self.down_s
+        up_s, down_s = self.seen.up_s, self.seen.down_s
         return Switching(
             up_s=up_s or down_s or self._assumed.up_s,
             down_s=down_s or up_s or self._assumed.down_s,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from perseus_core.documents import Fields
 from perseus_core.errors import InputError
 from perseus_core.planning.profile import Measurement, Profile
 from perseus_core.planning.schedule import InstructionType, Kind
+from perseus_core.planning.switching import NOTHING_SEEN, SeenChanges
 from perseus_core.runtime.measure.energy import ChunkKind, PowerEstimate
 
 # Blocking power of different GPUs of one model differs by so much, relative: how far a stage can speak for another.
@@ -193,15 +194,14 @@ class JobMeasurements:
         outside_time_s: for each stage, from its last instruction to the end of the iteration, at the highest clock.
         outside_energy_j: energy of one GPU of each stage, summed, outside the pipeline beyond blocking power, at the
             highest clock: `planning.problem.Problem.outside_energy_j`.
-        up_s, down_s: what changes of clock take at most; 0 if that was not measured.
+        changes: what changes of clock were seen to take at most.
     """
 
     profile: Profile
     blocking: tuple[BlockingPower, ...]
     outside_time_s: tuple[float, ...]
     outside_energy_j: float
-    up_s: float = 0.0
-    down_s: float = 0.0
+    changes: SeenChanges = NOTHING_SEEN
 
     @property
     def num_clocks(self) -> int:
@@ -229,8 +229,7 @@ class JobMeasurements:
             "blocking": [[b.power_w, b.clock_mhz, b.slope_w_per_mhz, b.standard_error_w] for b in self.blocking],
             "outside_time_s": list(self.outside_time_s),
             "outside_energy_j": self.outside_energy_j,
-            "up_s": self.up_s,
-            "down_s": self.down_s,
+            "changes": asdict(self.changes),
         }
 
     @classmethod
@@ -256,8 +255,7 @@ class JobMeasurements:
                 tuple(BlockingPower(*(float(value) for value in row)) for row in fields.items("blocking")),
                 tuple(fields.numbers("outside_time_s")),
                 fields.number("outside_energy_j"),
-                fields.number("up_s", at_least=0),
-                fields.number("down_s", at_least=0),
+                SeenChanges(*(fields.section("changes").number(name) for name in ("up_s", "down_s", "call_s"))),
             )  # fmt: skip
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{fields.where}: holds no measurements of a job ({error})") from None

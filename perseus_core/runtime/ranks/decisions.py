@@ -357,10 +357,13 @@ class Decisions:
             self._renew_baseline()
         else:  # other numbers of microbatches came, as while a batch grows
             self._watch.pass_over_interlude()
-        if self._interlude_for is not None:
+        late_by = self._late_by_now()
+        if late_by is not None and not self._may_be_corrected(late_by):
+            self._step_back(soonest)
+        elif self._interlude_for is not None:
             self._start_collection(self._interlude_for, soonest)
-        else:
-            self._judge(soonest)
+        elif late_by is not None:
+            self._start_collection(Reason.SLOWER, soonest)
 
     def _take_speed_change(self) -> None:
         self._speeds.react()
@@ -377,20 +380,25 @@ class Decisions:
         energy_j = self.iteration_energy_j(young) or self.baseline.energy_j
         self.baseline = Baseline(self.baseline.num_microbatches, time_s, energy_j)
 
-    def _judge(self, soonest: int) -> None:
-        """A plan under which iterations take longer than allowed, noise left aside, is corrected, or given up."""
+    def _late_by_now(self) -> float | None:
+        """By how much iterations take longer under the plan than allowed, as a share; none if that may be noise."""
         assert self._watch is not None, "a plan was judged"
         found = self.time_ratio()
         if found is None or found.low <= self._watch.allowed * (1 + self._limits.tolerance):
-            return
-        late_by = found.middle / self._watch.allowed - 1
+            return None
+        return found.middle / self._watch.allowed - 1
+
+    def _may_be_corrected(self, late_by: float) -> bool:
+        """Whether there shall be another plan after one that is late, whatever it is late for.
+
+        Heat comes and goes: it is no fault of the plan.
+        """
+        if self._cool_iterations < self._limits.watch_iterations:
+            return True
         has_helped = self._corrections == 0 or late_by <= _HARDLY_LESS * self._late_by
-        if has_helped and self._corrections < self._limits.max_corrections:
-            self._corrections += 1
-            self._late_by = late_by
-            self._start_collection(Reason.SLOWER, soonest)
-        else:
-            self._step_back(soonest)
+        self._corrections += 1
+        self._late_by = late_by
+        return has_helped and self._corrections <= self._limits.max_corrections
 
     def _interlude_is_due(self, verdict: Verdict | None) -> bool:
         watch = self._watch

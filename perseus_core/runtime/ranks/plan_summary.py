@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perseus_core.planning.switching import Switching
+from perseus_core.planning.switching import SeenChanges, Switching
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PlanSummary:
         gap: how far the plan is from the best possible at most.
         solve_s: how long the planner took.
         lost_to_switching: share of the baseline's energy that would be saved besides if clocks changed at once.
-        up_s, down_s, jitter_s: what a change of clock was taken to last, see `Switching`.
+        up_s, down_s, jitter_s, call_s: what a change of clock was taken to last, see `Switching`.
         changes_per_iteration: of clocks, on the stage that has most.
     """
 
@@ -39,11 +39,17 @@ class PlanSummary:
     down_s: float = 0.0
     jitter_s: float = 0.0
     changes_per_iteration: int = 0
+    call_s: float = 0.0
 
     @property
     def switching(self) -> Switching:
         """What changes of clock were taken to last."""
         return Switching(self.up_s, self.down_s, self.jitter_s)
+
+    @property
+    def changes(self) -> SeenChanges:
+        """The same, to plan with again."""
+        return SeenChanges(self.up_s, self.down_s, self.call_s)
 
     @property
     def saving(self) -> float:

@@ -73,7 +73,7 @@ class BackgroundPlanner:
             report = JobReport.decode(contents)
             if report.num_ranks < self._job.world_size:
                 logger.warning("planning with what %d of %d ranks have sent", report.num_ranks, self._job.world_size)
-            self._planner.take_latencies(report.up_s, report.down_s)
+            self._planner.take_changes(report.changes)
             if reason is Reason.PROFILED:
                 self._take_profile(report, baseline)
             else:
@@ -156,10 +156,10 @@ class BackgroundPlanner:
     def _take_profile(self, report: JobReport, baseline: Baseline) -> None:
         measured = self.known_profile
         if measured is None:
-            measured = replace(merge(report.sweeps), up_s=report.up_s, down_s=report.down_s)
+            measured = replace(merge(report.sweeps), changes=report.changes)
             self._keep(measured)
         else:
-            self._planner.take_latencies(measured.up_s, measured.down_s)
+            self._planner.take_changes(measured.changes)
         traced = traced_orders(report, said_orders(self._job, baseline.num_microbatches))
         if traced is not None:
             logger.warning(

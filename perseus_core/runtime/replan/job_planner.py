@@ -19,7 +19,7 @@ from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import Instruction, InstructionType, Placement, Schedule
 from perseus_core.planning.solver import solve
-from perseus_core.planning.switching import AT_ONCE, Switching
+from perseus_core.planning.switching import AT_ONCE, SeenChanges, Switching
 from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.recorder import Step
 from perseus_core.runtime.ranks.order import Baseline
@@ -96,6 +96,7 @@ class JobPlanner:
         self._clocks_mhz = tuple(supported_clocks_mhz)
         self._switching = switching
         self._usual_jitter_s = switching.jitter_s
+        self._max_changes_per_s = switching.max_changes_per_s
         self._frontier_file = frontier_file
         self._now_s = now_s
         self._baseline: Execution | None = None
@@ -107,11 +108,10 @@ class JobPlanner:
         self._last_plan: PlanMessage | None = None
         self.num_plans = 0
 
-    def take_latencies(self, up_s: float, down_s: float) -> None:
-        """What changes of clock take on the GPU where they take longest; 0 where that is not known."""
-        self._switching = replace(
-            self._switching, up_s=up_s or self._switching.up_s, down_s=down_s or self._switching.down_s
-        )
+    def take_changes(self, seen: SeenChanges) -> None:
+        """What changes of clock were seen to take on the GPU where they take longest."""
+        allowed = replace(self._switching, max_changes_per_s=self._max_changes_per_s)
+        self._switching = allowed.as_seen(seen)
 
     def take_measurements(self, job: MeasuredJob, traced: Sequence[Sequence[Step]] | None = None) -> None:
         """Starts from new measurements; `traced` is what each stage executed, where that is not the schedule given."""
@@ -134,7 +134,7 @@ class JobPlanner:
         self._calibrate()
         self.num_plans = 1
         self._last_plan = state.plan.numbered(1)
-        self.take_latencies(state.plan.summary.up_s, state.plan.summary.down_s)
+        self.take_changes(state.plan.summary.changes)
         return self._last_plan
 
     def correct(self, stretches: Stretches, measured_time_s: float, baseline_time_s: float) -> None:

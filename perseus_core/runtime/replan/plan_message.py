@@ -21,7 +21,7 @@ from perseus_core.runtime.replan.packed_steps import PACKED_STEP, pack_steps, un
 _CLOCK, _TIME = np.dtype("<u2"), np.dtype("<f4")
 _INSTRUCTION_BYTES = PACKED_STEP.itemsize + _CLOCK.itemsize + 2 * _TIME.itemsize
 # Numbers of a `PlanSummary`; bytes of a stage's plan.
-_SUMMARY, _SIZE = struct.Struct("<14d"), struct.Struct("<I")
+_SUMMARY, _SIZE = struct.Struct("<15d"), struct.Struct("<I")
 _DECIMALS = 6  # of waits, in seconds
 # No stage executes so many instructions in an iteration.
 _MAX_INSTRUCTIONS = 2**20
@@ -124,6 +124,7 @@ class PlanMessage:
             plan.switching.down_s,
             plan.switching.jitter_s,
             plan.changes_per_iteration,
+            plan.switching.call_s,
         )
         return cls(summary, as_sent)
 

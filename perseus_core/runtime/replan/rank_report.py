@@ -7,7 +7,7 @@ in any order. Rank 0 reads those of many thousand ranks as arrays: no step of it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from perseus_core.errors import InputError
 from perseus_core.planning.schedule import InstructionType
+from perseus_core.planning.switching import NOTHING_SEEN, SeenChanges
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.measure.recorder import Step
 from perseus_core.runtime.measure.stage_measurements import (
@@ -53,7 +54,7 @@ _COLUMNS: Mapping[_Row, np.dtype[Any]] = {
     _Row.REPORT: np.dtype(
         [
             *(("magic", "<u4"), ("rank", "<u4"), ("num_rows", "<u4"), ("pipeline_time_s", "<f4"), ("stage", "<u2")),
-            *(("up_s", "<f2"), ("down_s", "<f2")),
+            *(("up_s", "<f2"), ("down_s", "<f2"), ("call_s", "<f2")),
         ]
     ),
     _Row.CLOCK: CLOCK_ROW,
@@ -95,7 +96,7 @@ class RankReport:
         stretches: how much longer than planned instructions took under the plan that runs.
         traced: what it executed, if that is not what its schedule says.
         pipeline_time_s: from its first instruction's begin to its last one's end in an iteration of the baseline.
-        up_s, down_s: what changes of clock take on its GPU; 0 if that was not measured.
+        changes: what changes of clock were seen to take on its GPU.
     """
 
     rank: int
@@ -103,8 +104,7 @@ class RankReport:
     stretches: tuple[Stretch, ...] = ()
     traced: tuple[Step, ...] = ()
     pipeline_time_s: float = 0.0
-    up_s: float = 0.0
-    down_s: float = 0.0
+    changes: SeenChanges = NOTHING_SEEN
 
     def encode(self) -> bytes:
         """As bytes, which may be appended to those of other ranks.
@@ -126,7 +126,7 @@ class RankReport:
             content.append(_encoded(_Row.INSTRUCTION, sweep.instructions[sweep.clock_of_instruction == place]))
         num_rows = 1 + sum(map(len, content)) // _ROW_BYTES
         stage = self.measurements.stage
-        head = (_MAGIC, self.rank, num_rows, self.pipeline_time_s, stage, self.up_s, self.down_s)
+        head = (_MAGIC, self.rank, num_rows, self.pipeline_time_s, stage, *astuple(self.changes))
         return b"".join([_encoded(_Row.REPORT, np.array([head], _COLUMNS[_Row.REPORT])), *content])
 
 
@@ -141,7 +141,7 @@ class JobReport:
         traced: what a stage executed, for those where some rank found that it is not what the schedule says.
         pipeline_time_s: of the rank with the longest one: a stage that begins first and ends last sees all of the
             pipeline.
-        up_s, down_s: what changes of clock take on the GPU where they take longest; 0 if no rank has measured it.
+        changes: what changes of clock were seen to take, on the GPU where they take longest.
     """
 
     num_ranks: int
@@ -149,8 +149,7 @@ class JobReport:
     stretches: Stretches
     traced: Mapping[int, tuple[Step, ...]]
     pipeline_time_s: float
-    up_s: float
-    down_s: float
+    changes: SeenChanges
 
     @classmethod
     def decode(cls, contents: Sequence[bytes]) -> JobReport:
@@ -169,8 +168,7 @@ class JobReport:
             rows.usual_stretches(),
             rows.traced(),
             float(rows.reports["pipeline_time_s"].max()),
-            float(rows.reports["up_s"].max()),
-            float(rows.reports["down_s"].max()),
+            SeenChanges(*(float(rows.reports[name].max()) for name in ("up_s", "down_s", "call_s"))),
         )
 
     @property

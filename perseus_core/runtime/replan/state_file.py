@@ -17,7 +17,7 @@ from perseus_core.runtime.replan.job_planner import MeasuredJob, PlannerState
 from perseus_core.runtime.replan.plan_message import PlanMessage
 
 _FORMAT = "perseus-session"
-_VERSION = 3
+_VERSION = 4
 
 
 def save_state(path: str | Path, key: ProfileKey, state: PlannerState) -> None:

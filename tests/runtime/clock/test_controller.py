@@ -338,7 +338,7 @@ def test_the_gpu_tells_how_long_changes_take_whatever_its_register_says(
                 controller.hold(clock_mhz)
                 wait_until(lambda mhz=clock_mhz: controller.clock_in_force_mhz == mhz)
                 wait_until(lambda: not controller._latency.is_watching)
-            up_s, down_s = controller.measured_latencies_s
+            up_s, down_s = controller.seen_changes.up_s, controller.seen_changes.down_s
             assert (controller.switching.up_s, controller.switching.down_s) == (up_s, down_s)
             assert up_s == pytest.approx(0.15, abs=0.03)
             assert down_s == pytest.approx(0.11, abs=0.02)

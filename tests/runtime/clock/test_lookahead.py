@@ -160,7 +160,7 @@ class ObedientGpu:
         self._switching = switching
         self._now_s = 0.0
         self._in_force_mhz = self._asked_mhz = clock_mhz
-        self._settles_at_s = -math.inf
+        self._in_force_at_s = self._free_at_s = -math.inf
 
     def run_iteration(self, plan: list[PlannedClock], outside_s: float) -> list[float]:
         """How long each instruction takes."""
@@ -184,15 +184,19 @@ class ObedientGpu:
 
     def _look(self) -> float:
         """Asks for what is wanted, if it may; returns when to look again."""
-        if self._now_s >= self._settles_at_s:
+        if self._now_s >= self._in_force_at_s:
             self._in_force_mhz = self._asked_mhz
-            wanted_mhz, until_s = self._lookahead.wanted(self._now_s, self._asked_mhz, self._switching)
-            assert wanted_mhz is not None
-            if wanted_mhz == self._asked_mhz:
-                return until_s
-            self._settles_at_s = self._now_s + self._switching.latency_s(self._asked_mhz, wanted_mhz)
-            self._asked_mhz = wanted_mhz
-        return self._settles_at_s
+        if self._now_s < self._free_at_s:
+            return self._free_at_s if self._now_s >= self._in_force_at_s else self._in_force_at_s
+        wanted_mhz, until_s = self._lookahead.wanted(self._now_s, self._asked_mhz, self._switching)
+        assert wanted_mhz is not None
+        if wanted_mhz == self._asked_mhz:
+            return until_s
+        latency_s = self._switching.latency_s(self._asked_mhz, wanted_mhz)
+        self._in_force_at_s = self._now_s + latency_s
+        self._free_at_s = self._now_s + max(latency_s, self._switching.call_s)
+        self._asked_mhz = wanted_mhz
+        return self._in_force_at_s
 
 
 def one_stage(outside_time_s: float) -> PipelineProblem:
@@ -212,12 +216,13 @@ def one_stage(outside_time_s: float) -> PipelineProblem:
     st.sampled_from([0.0, 0.03, 0.13, 0.31]),
     st.sampled_from([0.0, 0.05, 0.17, 0.27]),
     st.sampled_from([0.0, 0.01, 0.07]),
+    st.sampled_from([0.0, 0.11, 0.23]),
 )
 def test_what_it_asks_for_is_what_the_planner_executes(
-    clocks_mhz: list[int], up_s: float, down_s: float, jitter_s: float
+    clocks_mhz: list[int], up_s: float, down_s: float, jitter_s: float, call_s: float
 ) -> None:
     """One GPU that obeys, in virtual time: its instructions take what the planner's model says, whatever the plan."""
-    switching = Switching(up_s, down_s, jitter_s)
+    switching = Switching(up_s, down_s, jitter_s, call_s=call_s)
     # Time enough between two iterations that the first clock is in force when the next one begins.
     promised = execute_with_switching(one_stage(outside_time_s=1.0), np.array(clocks_mhz), switching)
     plan = without_gaps(*zip(clocks_mhz, promised.durations_s.tolist(), strict=True))
