@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 # A driver that is busy, or reset, is back by then.
 LIMIT_S = 10.0
-RETRY_S = 0.05
+RETRY_S = 0.01
 
 
 class Patience:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 from perseus_core.gpu.device import Device
-from perseus_core.gpu.errors import GpuError
+from perseus_core.gpu.errors import CallFailed, GpuError
 from perseus_core.runtime.clock.give_back import ClockGivenBack
 from perseus_core.runtime.patience import patiently
 from tests.cluster.virtual_threads import VirtualThreads
@@ -77,7 +78,9 @@ class VirtualClock:
             self._is_released = True
             if self._may_be_locked:
                 self._may_be_locked = False
-                patiently(self._device.reset_clock, now_s=self._threads.now_s, sleep=self._threads.spend)
+                # Where that fails for good, a watchdog would try when the process has ended.
+                with suppress(CallFailed):
+                    patiently(self._device.reset_clock, now_s=self._threads.now_s, sleep=self._threads.spend)
 
     def take_away(self) -> None:
         """As the watchdog does with a process that hangs: the clock is reset, and may be locked again later."""

@@ -147,6 +147,7 @@ class VirtualGpu:
         self.disobeyed_mhz: frozenset[int] = frozenset()
         self._num_calls = 0
         self._former: deque[tuple[float, int]] = deque(maxlen=64)  # until when which clock was set
+        self._ran: deque[tuple[float, int]] = deque(maxlen=64)  # until when it ran at which clock [MHz]
         self.model = model
         self._work = work
         self._random = random_numbers
@@ -251,6 +252,10 @@ class VirtualGpu:
         self._integrate(self.threads.queue.now_s)
         self._place = 0
 
+    def clocks_until(self) -> list[tuple[float, int]]:
+        """Until when it ran at which clock [MHz], lately and from now on."""
+        return [*self._ran, (math.inf, self.model.clocks_mhz[self._clock])]
+
     # Faults
 
     def throttle(self, clock_mhz: int | None, held_by: ThrottleReason = ThrottleReason.THERMAL) -> None:
@@ -307,6 +312,7 @@ class VirtualGpu:
         if clock == self._clock and slowdown is None:
             return
         before_s = self._durations_s
+        self._ran.append((now_s, self.model.clocks_mhz[self._clock]))
         self._use_clock(clock)
         if self._activity >= 0 and self._busy_until_s > now_s:
             left = (self._busy_until_s - now_s) / before_s[self._activity]

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from perseus_core.gpu.slices import Slices
 from perseus_core.planning.dag import data_dependencies
 from perseus_core.planning.schedule import Instruction, InstructionType, Kind, Schedule
 from perseus_core.runtime.adapter import FollowedSession
@@ -29,14 +30,16 @@ class VirtualEvents(EventSource):
         next: the mark for what the host does at this moment.
         is_captured: somebody captures a CUDA graph on the stream.
         is_lost: nobody knows where the GPU's time lies on the host's clock.
+        counting: has the GPU count cycles.
     """
 
-    __slots__ = ("is_captured", "is_lost", "next")
+    __slots__ = ("counting", "is_captured", "is_lost", "next")
 
     def __init__(self) -> None:
         """A mark that nobody reaches, until the host works."""
         self.next = Mark()
         self.is_captured = self.is_lost = False
+        self.counting: Slices | None = None
 
     def record(self) -> Mark:
         """See `EventSource`."""
@@ -48,6 +51,10 @@ class VirtualEvents(EventSource):
     def knows_host_time(self) -> bool:
         """See `EventSource`."""
         return not self.is_lost
+
+    def slices(self, gpu_uuid: str) -> Slices | None:
+        """See `EventSource`."""
+        return self.counting
 
 
 @dataclass
