@@ -15,7 +15,7 @@ from itertools import pairwise
 from perseus_core.errors import InputError
 
 # A GPU's calls for changes take this share of the time at most: they hold up each other, and calls of others.
-_MOST_CALLING = 0.25
+MOST_CALLING = 0.25
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Switching:
         """With what was seen in the place of what was assumed, and no more changes than the calls for them allow."""
         most, call_s = self.max_changes_per_s, seen.call_s or self.call_s
         if most is not None and call_s:
-            most = min(most, _MOST_CALLING / call_s)
+            most = min(most, MOST_CALLING / call_s)
         return replace(
             self, up_s=seen.up_s or self.up_s, down_s=seen.down_s or self.down_s, call_s=call_s, max_changes_per_s=most
         )

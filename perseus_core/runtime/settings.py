@@ -18,7 +18,8 @@ from perseus_core.planning.switching import USUAL_JITTER_S, Switching
 
 PolicyName = Literal["no_slowdown", "max_slowdown", "min_energy", "zeus", "carbon", "power_cap"]
 
-_USUAL_LATENCY_S = 0.015
+USUAL_LATENCY_S = 0.015
+USUAL_CHANGES_PER_S = 10.0
 _NEEDED_BY = {
     "max_slowdown": ("max_slowdown",),
     "zeus": ("eta",),
@@ -121,7 +122,7 @@ class Settings:
     @property
     def switching(self) -> Switching:
         """What changes of clock take until it has been measured, and how many there may be."""
-        latency_s = _USUAL_LATENCY_S if self.switch_latency_s == "auto" else self.switch_latency_s
+        latency_s = USUAL_LATENCY_S if self.switch_latency_s == "auto" else self.switch_latency_s
         return Switching(latency_s, latency_s, USUAL_JITTER_S, self.max_clock_changes_per_s)
 
     @classmethod

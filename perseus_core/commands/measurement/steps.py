@@ -1,0 +1,37 @@
+"""The steps of the measurement, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from perseus_core.commands.measurement.bench import Bench
+from perseus_core.commands.measurement.holding import measure_holding
+from perseus_core.commands.measurement.latency import measure_latency
+from perseus_core.commands.measurement.lock_call import measure_lock_calls
+from perseus_core.commands.measurement.results import Result
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        name: in the file.
+        title: on the page.
+        measure: does it; may raise `NotMeasured` or any error, which is told.
+        locks: whether it locks clocks.
+    """
+
+    name: str
+    title: str
+    measure: Callable[[Bench], Result]
+    locks: bool = False
+
+
+STEPS = (
+    Step("lock_call", "duration of a lock call", measure_lock_calls, locks=True),
+    Step("latency", "latency of a change of clock", measure_latency, locks=True),
+    Step("holding", "a lock holds", measure_holding, locks=True),
+)
+STEPS_BY_NAME = {step.name: step for step in STEPS}
