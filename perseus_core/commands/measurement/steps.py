@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from perseus_core.commands.measurement.bench import Bench
+from perseus_core.commands.measurement.counter import measure_counter
 from perseus_core.commands.measurement.holding import measure_holding
+from perseus_core.commands.measurement.lateness import measure_lateness
 from perseus_core.commands.measurement.latency import measure_latency
 from perseus_core.commands.measurement.lock_call import measure_lock_calls
+from perseus_core.commands.measurement.reads import measure_reads
 from perseus_core.commands.measurement.results import Result
 
 
@@ -30,6 +33,9 @@ class Step:
 
 
 STEPS = (
+    Step("reads", "cost of reads", measure_reads),
+    Step("counter", "energy counter", measure_counter),
+    Step("lateness", "lateness of side threads", measure_lateness),
     Step("lock_call", "duration of a lock call", measure_lock_calls, locks=True),
     Step("latency", "latency of a change of clock", measure_latency, locks=True),
     Step("holding", "a lock holds", measure_holding, locks=True),

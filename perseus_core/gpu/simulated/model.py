@@ -92,6 +92,7 @@ class GpuState:
         energy_j: true energy since the start.
         busy_s: seconds spent working since the start.
         counter_j: what the counter has counted until its last period boundary.
+        window_begin_j: `energy_j` when the window began in which the counter measures, or measured last.
         counter_busy_s: `busy_s` at the last boundary and at the one before.
         power_limit_w: power limit in force.
         thermal_limit_mhz: clock that heat allows, 0 for any.
@@ -110,6 +111,7 @@ class GpuState:
     energy_j: float = 0.0
     busy_s: float = 0.0
     counter_j: float = 0.0
+    window_begin_j: float = 0.0
     counter_busy_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
     thermal_limit_mhz: int = 0
     work: Work | None = None
@@ -233,20 +235,29 @@ def advance(model: GpuModel, state: GpuState, time_s: float) -> None:
         sample_s = number * period_s
         if state.time_s < sample_s <= time_s:
             _move_counter(model, state, sample_s)
+    next_window_s = (last + 1) * period_s - model.counter_window_s
+    if model.counter_window_s and next_window_s <= time_s:
+        _begin_window(model, state, next_window_s)
     _integrate(model, state, time_s)
 
 
 def _move_counter(model: GpuModel, state: GpuState, boundary_s: float) -> None:
     if model.counter_window_s:
-        _integrate(model, state, boundary_s - model.counter_window_s)
-        begin_s, before_j = state.time_s, state.energy_j
+        _begin_window(model, state, boundary_s - model.counter_window_s)
         _integrate(model, state, boundary_s)
-        power = (state.energy_j - before_j) / (boundary_s - begin_s)
+        power = (state.energy_j - state.window_begin_j) / model.counter_window_s
         state.counter_j += power * model.counter_period_s
     else:
         _integrate(model, state, boundary_s)
         state.counter_j = state.energy_j
     state.counter_busy_s = [state.busy_s, state.counter_busy_s[0]]
+
+
+def _begin_window(model: GpuModel, state: GpuState, begin_s: float) -> None:
+    """Remembers the energy at a window's begin, unless that was passed before: a state is saved at any moment."""
+    if state.time_s <= begin_s:
+        _integrate(model, state, begin_s)
+        state.window_begin_j = state.energy_j
 
 
 def _integrate(model: GpuModel, state: GpuState, time_s: float) -> None:
