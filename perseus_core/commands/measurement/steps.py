@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from perseus_core.commands.measurement.bench import Bench
+from perseus_core.commands.measurement.call_price import measure_prices
 from perseus_core.commands.measurement.counter import measure_counter
 from perseus_core.commands.measurement.holding import measure_holding
 from perseus_core.commands.measurement.lateness import measure_lateness
 from perseus_core.commands.measurement.latency import measure_latency
 from perseus_core.commands.measurement.lock_call import measure_lock_calls
+from perseus_core.commands.measurement.plateau import measure_plateau
 from perseus_core.commands.measurement.reads import measure_reads
 from perseus_core.commands.measurement.results import Result
+from perseus_core.commands.measurement.two_clocks import measure_two_clocks
 
 
 @dataclass(frozen=True)
@@ -39,5 +42,8 @@ STEPS = (
     Step("lock_call", "duration of a lock call", measure_lock_calls, locks=True),
     Step("latency", "latency of a change of clock", measure_latency, locks=True),
     Step("holding", "a lock holds", measure_holding, locks=True),
+    Step("two_clocks", "a plan of two clocks", measure_two_clocks, locks=True),
+    Step("call_price", "price of lock calls", measure_prices, locks=True),
+    Step("plateau", "plateau and hysteresis", measure_plateau, locks=True),
 )
 STEPS_BY_NAME = {step.name: step for step in STEPS}

@@ -1,0 +1,175 @@
+"""What lock calls cost the GPU's work: so many a second, on one GPU and on all (NVIDIA/nccl#1551 tells of delays)."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from perseus_core.commands.measurement.bench import Bench, own_clocks
+from perseus_core.commands.measurement.results import Verdict, standing
+from perseus_core.gpu.errors import CallFailed, GpuError
+from perseus_core.planning.switching import MOST_CALLING
+from perseus_core.runtime.clock.settable_clock import SettableClock
+from perseus_core.runtime.settings import USUAL_CHANGES_PER_S
+
+RATES_PER_S = (1, 5, 10, 20, 50)
+_SETTLE_S = 0.2
+_SHORTEST_S, _SLOTS = 0.4, 8
+# Work may become so much slower, beyond what it scatters by; so much of what was asked for must be called.
+_HARMLESS, _CALLED = 0.01, 0.9
+
+
+@dataclass(frozen=True)
+class Price:
+    """So many calls a second, beside one kind of work.
+
+    Attributes:
+        beside: the kind of work.
+        num_gpus: whose clocks are locked.
+        asked_per_s: calls a second and GPU.
+        called_per_s: how many there were.
+        calling_share: of a GPU's time, what its calls took.
+        slower: how much longer the work took than without calls, as a share.
+        standard_error: of that.
+    """
+
+    beside: str
+    num_gpus: int
+    asked_per_s: int
+    called_per_s: float
+    calling_share: float
+    slower: float
+    standard_error: float
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether work takes no longer for it, and the driver keeps up."""
+        return (
+            self.slower - 2 * self.standard_error <= _HARMLESS
+            and self.called_per_s >= _CALLED * self.asked_per_s
+            and self.calling_share <= MOST_CALLING
+        )
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Of all rates.
+
+    Attributes:
+        prices: each of them.
+        harmless_per_s: the highest rate that is harmless, as all lower ones are, on one GPU and on all; 0 for none.
+    """
+
+    prices: tuple[Price, ...]
+    harmless_per_s: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """Plans have ten changes a second as a rule."""
+        worst = max(self.prices, key=lambda price: (not price.is_harmless, -price.asked_per_s, price.slower))
+        words = "none is harmful"
+        if not worst.is_harmless:
+            words = (
+                f"{worst.asked_per_s} on {worst.num_gpus} GPU(s) are not: {worst.called_per_s:.1f} came about, took "
+                f"{100 * worst.calling_share:.0f} % of the time, and {worst.beside} {100 * worst.slower:+.1f} %"
+            )
+        sentence = (
+            f"{self.harmless_per_s} lock calls a second and GPU are harmless; {words}; assumed: "
+            f"{USUAL_CHANGES_PER_S:g} are"
+        )
+        return Verdict(standing(as_assumed=self.harmless_per_s >= USUAL_CHANGES_PER_S), sentence)
+
+
+def measure_prices(bench: Bench) -> Prices:
+    """Times the work with and without calls between two of the highest clocks, in turns."""
+    each_s = max(_SHORTEST_S, bench.step_s / _SLOTS)
+    prices: list[Price] = []
+    with own_clocks(bench.devices) as clocks:
+        for num_gpus in sorted({1, len(clocks)}):
+            for kind in bench.load.kinds:
+                before = _without_calls(bench, clocks, kind, each_s)
+                for rate_per_s in RATES_PER_S:
+                    with _calling(bench, clocks[:num_gpus], rate_per_s) as calls_s:
+                        times_s, took_s = _work(bench, kind, each_s)
+                        called_s = list(calls_s)
+                    after = _without_calls(bench, clocks, kind, each_s / 2)
+                    slower, error = _compare(times_s, before + after)
+                    called_per_s = len(called_s) / num_gpus / took_s
+                    share = sum(called_s) / num_gpus / took_s
+                    prices.append(Price(kind, num_gpus, rate_per_s, called_per_s, share, slower, error))
+                    before = after
+    return Prices(tuple(prices), harmless_rate(prices))
+
+
+def harmless_rate(prices: Sequence[Price]) -> int:
+    """The highest rate that is harmless, as all lower ones are."""
+    harmful = [price.asked_per_s for price in prices if not price.is_harmless]
+    return max((p.asked_per_s for p in prices if p.asked_per_s < min(harmful, default=10**6)), default=0)
+
+
+def _without_calls(bench: Bench, clocks: Sequence[SettableClock], kind: str, duration_s: float) -> list[float]:
+    """At the lower of the two clocks, so that calls cannot look like a slower clock."""
+    clocks[0].lock(bench.device.supported_clocks_mhz()[1])
+    time.sleep(_SETTLE_S)
+    return _work(bench, kind, duration_s)[0]
+
+
+def _work(bench: Bench, kind: str, duration_s: float) -> tuple[list[float], float]:
+    """What pulses took [s], and all of them together."""
+    times_s: list[float] = []
+    begin_s = now_s = time.monotonic()
+    while now_s < begin_s + duration_s or len(times_s) < 4:
+        times_s.append(bench.load.pulse(kind).time_s)
+        now_s = time.monotonic()
+    return times_s, now_s - begin_s
+
+
+def _compare(with_s: Sequence[float], without_s: Sequence[float]) -> tuple[float, float]:
+    """How much longer, as a share, and the standard error of that."""
+    mean_s = statistics.mean(without_s)
+    error_s = sum(statistics.variance(times_s) / len(times_s) for times_s in (with_s, without_s)) ** 0.5
+    return statistics.mean(with_s) / mean_s - 1, error_s / mean_s
+
+
+@contextmanager
+def _calling(bench: Bench, clocks: Sequence[SettableClock], rate_per_s: float) -> Iterator[list[float]]:
+    """Inside, the clock of each GPU is locked so often; gives what the calls take [s].
+
+    Raises:
+        GpuError: at the end, if calls have failed for good.
+    """
+    highest = bench.device.supported_clocks_mhz()[:2]
+    calls_s: list[float] = []
+    failures: list[GpuError] = []
+    ending = threading.Event()
+
+    def call(clock: SettableClock) -> None:
+        due_s, number = time.monotonic(), 0
+        while not ending.wait(max(0.0, due_s - time.monotonic())):
+            begin_s = time.monotonic()
+            try:
+                clock.lock(highest[number % 2])
+                calls_s.append(time.monotonic() - begin_s)
+            except CallFailed:
+                pass
+            except GpuError as error:
+                failures.append(error)
+                return
+            number += 1
+            due_s = max(due_s + 1 / rate_per_s, begin_s)
+
+    threads = [threading.Thread(target=call, args=(clock,), name="perseus-calls", daemon=True) for clock in clocks]
+    for thread in threads:
+        thread.start()
+    try:
+        yield calls_s
+    finally:
+        ending.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
