@@ -17,7 +17,7 @@ from perseus_core.errors import InputError
 from perseus_core.gpu.device import Device, ThrottleReason
 from perseus_core.gpu.discovery import device_by_uuid
 from perseus_core.gpu.errors import GpuError, NotSupported
-from perseus_core.gpu.nvml import GpuIdentity, ask, list_gpus
+from perseus_core.gpu.nvml import GpuIdentity, ask, driver_version, list_gpus
 from perseus_core.gpu.visible import visible_gpus
 from perseus_core.gpu.zeusd import SOCKET_VARIABLE, ZeusdClient
 from perseus_core.runtime.clock.clock_owner import clock_owner
@@ -61,12 +61,12 @@ def examine(environment: Mapping[str, str] | None = None) -> Iterator[Finding]:
     yield from _frameworks()
     try:
         gpus = list_gpus()
-        driver = ask("reading the driver version", "this machine", lambda nvml: nvml.nvmlSystemGetDriverVersion())
+        driver = driver_version()
     except GpuError as error:
         yield _from_error("driver", error)
         return
     yield Finding(Verdict.GOOD, "driver", f"NVIDIA driver {driver}, {len(gpus)} GPU(s)")
-    yield _rights(environment)
+    yield clock_rights(environment)
     try:
         visible = visible_gpus(gpus, environment)
     except InputError as error:
@@ -98,7 +98,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _rights(environment: Mapping[str, str]) -> Finding:
+def clock_rights(environment: Mapping[str, str]) -> Finding:
+    """Whether this process may lock clocks: as root, with CAP_SYS_ADMIN, or through zeusd."""
     socket_path = environment.get(SOCKET_VARIABLE)
     if socket_path:
         try:

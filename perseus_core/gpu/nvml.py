@@ -156,6 +156,29 @@ def _identify(index: int) -> GpuIdentity:
     return ask("identifying it", f"GPU {index}", identify)
 
 
+def driver_version() -> str:
+    """The driver's version, as `575.57.08`.
+
+    Raises:
+        NoDriver: if there is none.
+    """
+    return str(ask("reading the driver version", "this machine", lambda nvml: nvml.nvmlSystemGetDriverVersion()))
+
+
+def computing_processes(uuid: str) -> list[int]:
+    """Processes that compute on a GPU, as the driver numbers them: in a container they may be others than seen there.
+
+    Raises:
+        GpuError: if it cannot be asked.
+    """
+
+    def read(nvml: Any) -> list[int]:
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        return sorted(int(process.pid) for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+
+    return ask("listing the processes", uuid, read)
+
+
 class NvmlDevice:
     """One GPU through NVML: a `perseus_core.gpu.device.Device`.
 

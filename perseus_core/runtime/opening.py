@@ -11,6 +11,8 @@ from perseus_core.errors import PerseusError
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.discovery import visible_devices
 from perseus_core.gpu.errors import GpuError
+from perseus_core.planning.switching import Switching
+from perseus_core.runtime.gpu_measurements import GpuMeasurements
 from perseus_core.runtime.inert import InertSession
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, Metric, logger, show_log
@@ -133,10 +135,12 @@ def prepare(settings: Settings, job: Job, find_device: Callable[[], Device], thr
         clocks_mhz = patiently(device.supported_clocks_mhz)
     except PerseusError as error:
         return Prepared(why_not=str(error))
+    switching = _switching(settings, device, job)
     if job.rank != 0:
-        return Prepared(device, clocks_mhz)
+        return Prepared(device, clocks_mhz, switching=switching)
     job = replace(job, key=replace(job.key, gpu_name=device.name, power_limit_w=_power_limit_w(device)))
-    return Prepared(device, clocks_mhz, planner=_planner(settings, job, clocks_mhz, threads))
+    planner = _planner(settings, job, clocks_mhz, switching, threads)
+    return Prepared(device, clocks_mhz, planner=planner, switching=switching)
 
 
 def visible_device(local_rank: int) -> Device:
@@ -167,7 +171,23 @@ def cache_folder(settings: Settings) -> Path | None:
         return None
 
 
-def _planner(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], threads: SideThreads) -> BackgroundPlanner:
+def _switching(settings: Settings, device: Device, job: Job) -> Switching:
+    """What changes of clock take, until the job has measured it: as the settings say, or the file that they name."""
+    path = settings.gpu_measurements
+    if path:
+        try:
+            measured = GpuMeasurements.load(path)
+            measured.require(device.name, path)
+            return measured.switching(settings)
+        except PerseusError as error:
+            if job.rank == 0:
+                logger.warning("%s; it is not used", error)
+    return settings.switching
+
+
+def _planner(
+    settings: Settings, job: Job, clocks_mhz: tuple[int, ...], switching: Switching, threads: SideThreads
+) -> BackgroundPlanner:
     folder = cache_folder(settings)
     cache = None if folder is None else ProfileCache(folder)
     restored = load_state(settings.state_file, job.key) if settings.state_file else None
@@ -176,7 +196,7 @@ def _planner(settings: Settings, job: Job, clocks_mhz: tuple[int, ...], threads:
         clocks_mhz,
         settings.pick,
         straggler_slowdown=settings.straggler_slowdown,
-        switching=settings.switching,
+        switching=switching,
         frontier_file=settings.frontier_file,
         now_s=threads.now_s,
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from perseus_core.gpu.device import Device
 from perseus_core.planning.policy import Policy
 from perseus_core.planning.schedule import Kind
+from perseus_core.planning.switching import Switching
 from perseus_core.runtime.clock.give_back import GuardedClock
 from perseus_core.runtime.clock.settable_clock import Guard
 from perseus_core.runtime.clock.stage_clocks import StageClocks
@@ -56,12 +57,14 @@ class Prepared:
         supported_clocks_mhz: of it.
         why_not: without a GPU, the reason.
         planner: on rank 0, with a GPU.
+        switching: what changes of clock take, until it has been measured; none for what the settings say.
     """
 
     device: Device | None = None
     supported_clocks_mhz: tuple[int, ...] = field(default=(), repr=False)
     why_not: str = ""
     planner: BackgroundPlanner | None = None
+    switching: Switching | None = None
 
 
 class Session:
@@ -426,7 +429,7 @@ class Session:
         settable = None if self._settings.measure_only else device
         self._clocks = StageClocks(
             settable,
-            self._settings.switching.up_s,
+            (self._prepared.switching or self._settings.switching).up_s,
             threads=self._threads,
             guard=self._guard,
             slices=None if settable is None else self._events.slices(settable.uuid),

@@ -55,7 +55,9 @@ class Settings:
         switch_latency_s: how long a clock change takes, until it has been measured; "auto" for 15 ms.
         interlude_interval, interlude_iterations: after so many iterations under a plan, so many are measured without it
             (one more is discarded), since a job drifts.
-        max_clock_changes_per_s: how often a GPU may change its clock; 0 for one clock on each stage.
+        max_clock_changes_per_s: how often a GPU may change its clock; 0 for one clock on each stage; "auto" for 10.
+        gpu_measurements: file that `perseus doctor --measure --lock` has written on this model of GPU: what stands for
+            "auto" in the two keys above, a lower rate of changes only; empty for none.
         log_interval: iterations between log lines of what was measured under the plan; 0 for none.
 
     Raises:
@@ -82,7 +84,8 @@ class Settings:
     state_file: str = ""
     frontier_file: str = ""
     switch_latency_s: float | Literal["auto"] = "auto"
-    max_clock_changes_per_s: float = 10.0
+    max_clock_changes_per_s: float | Literal["auto"] = "auto"
+    gpu_measurements: str = ""
     interlude_interval: int = 200
     interlude_iterations: int = 2
     log_interval: int = 100
@@ -91,7 +94,7 @@ class Settings:
         for name in ("enabled", "measure_only"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "must be true or false")
-        for name in ("profile_cache", "state_file", "frontier_file", "policy"):
+        for name in ("profile_cache", "state_file", "frontier_file", "policy", "gpu_measurements"):
             if not isinstance(getattr(self, name), str):
                 raise _error(name, getattr(self, name), "must be text")
         self._check_number("max_slowdown", 0, 1, excluded_end=True, remedy="is not in [0, 1); 0.05 means 5 %")
@@ -103,7 +106,9 @@ class Settings:
                 self._check_number(name, 0, 1 if name == "eta" else math.inf)
         if self.switch_latency_s != "auto":
             self._check_number("switch_latency_s", 0, 1, remedy='must be "auto" or seconds from 0 to 1')
-        self._check_number("max_clock_changes_per_s", 0, math.inf)
+        if self.max_clock_changes_per_s != "auto":
+            remedy = 'must be "auto" or a number, 0 or more'
+            self._check_number("max_clock_changes_per_s", 0, math.inf, remedy=remedy)
         for name, least in (
             ("warmup_iterations", 1),
             ("baseline_iterations", 2),
@@ -123,7 +128,9 @@ class Settings:
     def switching(self) -> Switching:
         """What changes of clock take until it has been measured, and how many there may be."""
         latency_s = USUAL_LATENCY_S if self.switch_latency_s == "auto" else self.switch_latency_s
-        return Switching(latency_s, latency_s, USUAL_JITTER_S, self.max_clock_changes_per_s)
+        changes_per_s = self.max_clock_changes_per_s
+        most = USUAL_CHANGES_PER_S if changes_per_s == "auto" else changes_per_s
+        return Switching(latency_s, latency_s, USUAL_JITTER_S, most)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], where: str = "perseus") -> Settings:

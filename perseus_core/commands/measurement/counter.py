@@ -137,9 +137,7 @@ def measure_counter(bench: Bench) -> Counter:
     return Counter(period, window_s, delay_s, residual, idle_w, loaded_w, num_failed[0])
 
 
-def fit_window(
-    moves: Sequence[tuple[float, float]], pulses: Sequence[Pulse], period_s: float
-) -> Window:
+def fit_window(moves: Sequence[tuple[float, float]], pulses: Sequence[Pulse], period_s: float) -> Window:
     """The window that explains the moves best: what the GPU drew in it is what the counter takes for all the period.
 
     Args:
@@ -166,9 +164,7 @@ def fit_window(
     return Window(window_s, delay_s, residual, fitted_w)
 
 
-def _fit(
-    ends_s: Array, powers_w: Array, pulses: Sequence[Pulse], window_s: float
-) -> tuple[float, tuple[float, float]]:
+def _fit(ends_s: Array, powers_w: Array, pulses: Sequence[Pulse], window_s: float) -> tuple[float, tuple[float, float]]:
     shares = _busy_share(ends_s - window_s, ends_s, pulses)
     equations = np.column_stack([1 - shares, shares])
     fitted_w, *_ = np.linalg.lstsq(equations, powers_w, rcond=None)

@@ -59,7 +59,9 @@ class Holding:
     def verdict(self) -> Verdict:
         """A locked clock is taken for the clock in force, but for power and heat."""
         lost = [one for one in self.clocks if not one.is_held]
-        lying = [one for one in self.clocks if abs(one.told_mhz - one.counted_mhz) > _REGISTER_MHZ + 0.01 * one.asked_mhz]
+        lying = [
+            one for one in self.clocks if abs(one.told_mhz - one.counted_mhz) > _REGISTER_MHZ + 0.01 * one.asked_mhz
+        ]
         parts = [f"{len(self.clocks) - len(lost)} of {len(self.clocks)} clocks are held under load"]
         parts += [
             f"{one.asked_mhz} MHz is not: the GPU counts at {one.counted_mhz:.0f} MHz"

@@ -57,8 +57,8 @@ class Latency:
         unseen = f"; {self.num_unseen} changes did not show within {_LIMIT_S:g} s" if self.num_unseen else ""
         sentence = (
             f"a rise takes {ms(self.up.median_s)} ({ms(self.up.p05_s)} to {ms(self.up.p95_s)}), a fall "
-            f"{ms(self.down.median_s)} ({ms(self.down.p05_s)} to {ms(self.down.p95_s)}), over {len(self.pairs)} pairs of "
-            f"clocks; the driver's register shows it {ms(self.register_lag_s)} later{unseen}; assumed: "
+            f"{ms(self.down.median_s)} ({ms(self.down.p05_s)} to {ms(self.down.p95_s)}), over {len(self.pairs)} pairs "
+            f"of clocks; the driver's register shows it {ms(self.register_lag_s)} later{unseen}; assumed: "
             f"{ms(USUAL_LATENCY_S)} until measured, and a prompt register where the GPU cannot count"
         )
         return Verdict(standing(as_assumed=as_assumed), sentence)
@@ -129,7 +129,7 @@ def _hold(clock: SettableClock, clock_mhz: int, seen: _Seen) -> None:
 
 
 def _change(bench: Bench, clock: SettableClock, counting: CycleCounting, pair: tuple[int, int], seen: _Seen) -> None:
-    before, after = pair
+    _, after = pair
     with bench.events.between_iterations():
         counting.begin()
     asked_s = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
 
 from perseus_core.commands.measurement.results import NotMeasured
@@ -35,6 +35,9 @@ class Load(Protocol):
 
     def pulse(self, kind: str = MATRIX_PRODUCTS) -> Pulse:
         """Has the GPU do the same work as every time, and returns when it is done. One thread at a time."""
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Inside, for two seconds at most, the GPU waits as it does in a receive."""
 
 
 @contextmanager

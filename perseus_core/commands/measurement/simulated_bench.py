@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from perseus_core.commands.measurement.load import MATRIX_PRODUCTS, Pulse
 from perseus_core.gpu.simulated import SimulatedNode, WorkEmulator, open_node
 from perseus_core.gpu.simulated.slices import SimulatedSlices
@@ -20,6 +22,10 @@ class SimulatedLoad:
         """See `Load`."""
         executed = self._emulator.work("forward")
         return Pulse(executed.start_s, executed.end_s)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """See `Load`: a simulated GPU that does nothing waits."""
+        return nullcontext()
 
 
 def simulated_load_and_slices(uuid: str) -> tuple[SimulatedLoad, SimulatedSlices]:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from perseus_core.commands.measurement.bench import Bench
 from perseus_core.commands.measurement.call_price import measure_prices
 from perseus_core.commands.measurement.counter import measure_counter
+from perseus_core.commands.measurement.cuda_marks import measure_anchors, measure_captures, measure_marks
 from perseus_core.commands.measurement.holding import measure_holding
-from perseus_core.commands.measurement.lateness import measure_lateness
 from perseus_core.commands.measurement.latency import measure_latency
+from perseus_core.commands.measurement.lateness import measure_lateness
 from perseus_core.commands.measurement.lock_call import measure_lock_calls
 from perseus_core.commands.measurement.plateau import measure_plateau
 from perseus_core.commands.measurement.reads import measure_reads
 from perseus_core.commands.measurement.results import Result
 from perseus_core.commands.measurement.two_clocks import measure_two_clocks
+from perseus_core.commands.measurement.waiting_power import measure_waiting_power
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ STEPS = (
     Step("reads", "cost of reads", measure_reads),
     Step("counter", "energy counter", measure_counter),
     Step("lateness", "lateness of side threads", measure_lateness),
+    Step("waiting_power", "power while waiting", measure_waiting_power),
+    Step("marks", "cost of marks", measure_marks),
+    Step("anchors", "anchors beside a backlog", measure_anchors),
+    Step("captures", "CUDA graphs beside our threads", measure_captures),
     Step("lock_call", "duration of a lock call", measure_lock_calls, locks=True),
     Step("latency", "latency of a change of clock", measure_latency, locks=True),
     Step("holding", "a lock holds", measure_holding, locks=True),

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from perseus_core.runtime.patience import patiently
 # torch and CUDA need a while where files come over a network.
 _OPENING_LIMIT_S = 60.0
 _GIVING_BACK_LIMIT_S = 5.0
+GIVEN_BACK = "given_back"
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,8 @@ def _worker(
     except subprocess.TimeoutExpired:
         pass
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         os.close(reading)
 
@@ -210,7 +209,7 @@ def give_back(devices: Sequence[Device]) -> Measured:
     for thread in threads:
         thread.join(max(0.0, begin_s + _GIVING_BACK_LIMIT_S + 1 - time.monotonic()))
     took_s = time.monotonic() - begin_s
-    name, title = "given_back", "clocks are given back"
+    name, title = GIVEN_BACK, "clocks are given back"
     if failures:
         told = "; ".join(f"{uuid}: {why}" for uuid, why in failures.items())
         remedy = "run `sudo nvidia-smi -rgc` when the driver answers"

@@ -75,9 +75,7 @@ def measure_two_clocks(bench: Bench) -> TwoClocks:
     if each_s[lower_mhz] < 1.02 * each_s[higher_mhz]:
         raise NotMeasured(f"the load takes as long at {lower_mhz} MHz as at {higher_mhz} MHz: the clock is not obeyed")
     part_s = max(_SHORTEST_PART_S, _LATENCIES * max(switching.up_s, switching.down_s))
-    clocks = [
-        clock_mhz for clock_mhz in (higher_mhz, lower_mhz) for _ in range(math.ceil(part_s / each_s[clock_mhz]))
-    ]
+    clocks = [clock_mhz for clock_mhz in (higher_mhz, lower_mhz) for _ in range(math.ceil(part_s / each_s[clock_mhz]))]
     plan = []
     start_s = 0.0
     for clock_mhz in clocks:
@@ -153,9 +151,7 @@ def _wait_until_guarded(controller: ClockController) -> None:
         time.sleep(0.01)
 
 
-def _iterate(
-    bench: Bench, controller: ClockController, plan: list[PlannedClock], switching: Switching
-) -> list[float]:
+def _iterate(bench: Bench, controller: ClockController, plan: list[PlannedClock], switching: Switching) -> list[float]:
     taken = []
     with bench.events.between_iterations():
         controller.begin_iteration(plan, switching)
