@@ -27,7 +27,8 @@ from perseus_core.gpu.errors import CallFailed
 Array = NDArray[np.float64]
 
 _LOOK_EVERY_S = 0.001
-_LONGEST_PULSE_S = 0.06
+# Busy and waiting for so long, evenly in the logarithm: some shorter than the counter's period, some longer.
+_SHORTEST_S, _LONGEST_S = 0.005, 0.2
 _NUM_WINDOWS, _NUM_DELAYS = 40, 10
 # Of the moves, those that a window explains worst are left out.
 _COUNTED = 0.9
@@ -122,10 +123,10 @@ def measure_counter(bench: Bench) -> Counter:
         while len(moves) < _NEEDED_MOVES or time.monotonic() < begin_s + bench.step_s:
             if time.monotonic() > begin_s + 2 * bench.step_s + 5:
                 break
-            busy_until_s = time.monotonic() + draw.uniform(0.005, _LONGEST_PULSE_S)
+            busy_until_s = time.monotonic() + _duration_s(draw)
             while time.monotonic() < busy_until_s:
                 pulses.append(bench.load.pulse())
-            time.sleep(draw.uniform(0.005, _LONGEST_PULSE_S))
+            time.sleep(_duration_s(draw))
     finally:
         ending.set()
         watching.join(2.0)
@@ -135,6 +136,10 @@ def measure_counter(bench: Bench) -> Counter:
     period = Spread.of([after - before for before, after in itertools.pairwise(times_s)])
     window_s, delay_s, residual, (idle_w, loaded_w) = fit_window(moves, pulses, period.median_s)
     return Counter(period, window_s, delay_s, residual, idle_w, loaded_w, num_failed[0])
+
+
+def _duration_s(draw: random.Random) -> float:
+    return _SHORTEST_S * (_LONGEST_S / _SHORTEST_S) ** draw.random()
 
 
 def fit_window(moves: Sequence[tuple[float, float]], pulses: Sequence[Pulse], period_s: float) -> Window:

@@ -17,7 +17,7 @@ _PULSE_S = 0.02
 _SIZE = 4096  # of the matrices: large enough to fill any GPU
 _NUM_LAUNCHES = 1000
 _REDUCED_NUMBERS = 32 * 2**20
-_SPIN_CYCLES = 2_000_000
+_NUM_SPINS, _SPIN_CYCLES = 42, 100_000_000  # some two seconds
 _ANCHOR_LIMIT_S = 5.0
 
 
@@ -42,7 +42,7 @@ class CudaLoad:
         self._product = torch.empty_like(self._matrices[0])
         self._small = torch.zeros(64, device=self._device)
         self._work: dict[str, Callable[[], None]] = {MATRIX_PRODUCTS: self._multiply, LAUNCHES: self._launch}
-        nccl = getattr(torch.cuda, "nccl", None)
+        nccl: Any = getattr(torch.cuda, "nccl", None)
         if num_gpus > 1 and hasattr(nccl, "all_reduce"):
             self._reduced = [
                 torch.zeros(_REDUCED_NUMBERS, dtype=torch.bfloat16, device=torch.device("cuda", index))
@@ -76,10 +76,9 @@ class CudaLoad:
         """See `Load`: some threads spin, as those of a receive do."""
         torch = self._torch
         with torch.cuda.device(self._device):
-            # Enough for some seconds: it is only looked at in steps.
             stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream):
-                for _ in range(_NUM_LAUNCHES):
+                for _ in range(_NUM_SPINS):
                     torch.cuda._sleep(_SPIN_CYCLES)
             yield
             stream.synchronize()

@@ -55,7 +55,7 @@ def _anchors(torch: Any, duration_s: float) -> dict[str, float]:
         if anchor.uncertainty_s > SHARP_S:
             num_refused += 1
             continue
-        truly_s = truth.time_s + truth.event.elapsed_time(anchor.event) / 1000  # type: ignore[arg-type]
+        truly_s = truth.time_s + truth.event.elapsed_time(anchor.event) / 1000
         errors_s.append(abs(anchor.time_s - truly_s))
         if anchor.time_s - truth.time_s > _IDLE_S:  # clocks drift against each other, and floats lose their last digits
             torch.cuda.synchronize()

@@ -21,6 +21,8 @@ _LOOK_EVERY_S = 0.001
 # No change is waited for longer, and the register no longer than so after it.
 _LIMIT_S, _REGISTER_LIMIT_S = 1.0, 0.3
 _SETTLE_S = 0.02
+# So many changes without one that shows, and none will.
+_MOST_UNSEEN = 4
 # The register may be so much later than the GPU, and the latency so many times what is assumed, either way.
 _LAG_S, _TIMES = 0.005, 2.0
 
@@ -83,6 +85,8 @@ def measure_latency(bench: Bench) -> Latency:
     with own_clocks([bench.device]) as (clock,):
         for number, (low, high) in enumerate(itertools.cycle(pairs)):
             if number >= len(pairs) and time.monotonic() > until_s:
+                break
+            if not seen.times_s and seen.num_unseen >= _MOST_UNSEEN:
                 break
             _hold(clock, low, seen)
             _change(bench, clock, counting, (low, high), seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from perseus_core.commands.measurement.bench import Bench
@@ -56,10 +57,8 @@ def _power_w(bench: Bench, duration_s: float) -> float:
     readings_w: list[float] = []
     until_s = time.monotonic() + duration_s
     while time.monotonic() < until_s:
-        try:
+        with suppress(CallFailed):
             readings_w.append(bench.device.power_w())
-        except CallFailed:
-            pass
         time.sleep(_READ_EVERY_S)
     if not readings_w:
         raise NotMeasured("the power could not be read")

@@ -21,6 +21,8 @@ _MAX_SEGMENTS = 24
 _MAX_PENDING = 16
 # What the counter would have counted before so many periods is forgotten.
 _MOST_PERIODS = 1000
+# Where a window is the whole period, one begins where the last has ended.
+_ROUNDING_S = 1e-9
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _move_counter(model: GpuModel, state: GpuState, boundary_s: float) -> None:
 
 def _begin_window(model: GpuModel, state: GpuState, begin_s: float) -> None:
     """Remembers the energy at a window's begin, unless that was passed before: a state is saved at any moment."""
-    if state.time_s <= begin_s:
+    if state.time_s <= begin_s + _ROUNDING_S:
         _integrate(model, state, begin_s)
         state.window_begin_j = state.energy_j
 

@@ -1,0 +1,253 @@
+"""Each step finds the fault that was put in, and none where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from perseus_core.commands.measurement.bench import Bench, open_bench
+from perseus_core.commands.measurement.call_price import measure_prices
+from perseus_core.commands.measurement.counter import measure_counter
+from perseus_core.commands.measurement.holding import measure_holding
+from perseus_core.commands.measurement.lateness import measure_lateness
+from perseus_core.commands.measurement.latency import measure_latency
+from perseus_core.commands.measurement.load import MATRIX_PRODUCTS, Load, Pulse
+from perseus_core.commands.measurement.lock_call import measure_lock_calls
+from perseus_core.commands.measurement.plateau import measure_plateau
+from perseus_core.commands.measurement.reads import measure_reads
+from perseus_core.commands.measurement.results import NotMeasured, Standing
+from perseus_core.commands.measurement.steps import STEPS, Step
+from perseus_core.commands.measurement.two_clocks import measure_two_clocks
+from perseus_core.commands.measurement.waiting_power import measure_waiting_power
+from perseus_core.gpu import simulated
+from perseus_core.gpu.simulated import SimulatedNode, read_clock_requests
+from tests.runtime.simulated_machine import locked_range
+
+Machine = Callable[..., SimulatedNode]
+
+NEEDS_CUDA = ("marks", "anchors", "captures")
+STEP_S = 0.4
+# A machine that is busy with other things makes a step differ now and then, but not every time.
+TRIES = 4
+
+
+def bench(step_s: float = STEP_S) -> Bench:
+    return open_bench(step_s, {})
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step.name not in NEEDS_CUDA], ids=lambda step: step.name)
+def test_a_machine_as_is_assumed(machine: Machine, step: Step) -> None:
+    """Nothing differs, and clocks are the driver's afterwards."""
+    node = machine()
+    for number in range(TRIES):
+        verdict = step.measure(bench(STEP_S * (1 + number))).verdict
+        assert locked_range(node) == []
+        assert "assumed" in verdict.sentence
+        if verdict.standing is Standing.AS_ASSUMED:
+            return
+    pytest.fail(verdict.sentence)
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step.name in NEEDS_CUDA], ids=lambda step: step.name)
+def test_what_needs_cuda_says_so(machine: Machine, step: Step) -> None:
+    """A simulated GPU has none."""
+    machine()
+    with pytest.raises(NotMeasured, match="has no CUDA"):
+        step.measure(bench())
+
+
+def test_lock_calls_that_take_long(machine: Machine) -> None:
+    """And hold up reads."""
+    machine(lock_call_s=0.05)
+    found = measure_lock_calls(bench())
+    assert found.idle.median_s >= 0.05
+    assert found.reads_beside.longest_s >= 0.03
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_lock_calls_that_fail(machine: Machine) -> None:
+    """They are counted, and the others timed."""
+    machine(driver_errors=[{"function": "nvmlDeviceSetGpuLockedClocks", "error": "TIMEOUT", "every": 3}])
+    found = measure_lock_calls(bench())
+    assert found.num_failed >= 2
+    assert "failed and passed" in found.verdict.sentence
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_latencies_that_nobody_would_guess(machine: Machine) -> None:
+    """Up and down each for itself, with their jitter, whatever the register tells."""
+    machine(
+        clock_latency_s=0.09, clock_latency_down_s=0.04, clock_latency_jitter_s=0.02, clock_register={"lag_s": 0.1}
+    )
+    found = measure_latency(bench())
+    assert found.up.median_s == pytest.approx(0.1, abs=0.01)
+    assert found.down.median_s == pytest.approx(0.05, abs=0.01)
+    assert 0.004 < found.jitter_s < 0.02
+    assert found.register_lag_s == pytest.approx(0.1, abs=0.02)
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_a_register_that_tells_what_was_asked_for(machine: Machine) -> None:
+    """It is sooner than the GPU."""
+    machine(clock_latency_s=0.03, clock_register={"reports": "clock asked for"})
+    found = measure_latency(bench())
+    assert found.register_lag_s == pytest.approx(-0.03, abs=0.01)
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_no_change_shows_where_no_clock_is_obeyed(machine: Machine) -> None:
+    """That is not a latency."""
+    machine(disobeyed_clocks_mhz=[1000, 900, 800, 700, 600])
+    with pytest.raises(NotMeasured, match="not obeyed"):
+        measure_latency(bench(0.1))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"disobeyed_clocks_mhz": [800]}, "800 MHz is not: the GPU counts at "),
+        ({"clock_register": {"offset_mhz": -60}}, "the register tells "),
+        ({"power_limit_w": 270}, "900 MHz is not: the GPU counts at 800 MHz (power cap)"),
+    ],
+)
+def test_clocks_that_are_not_what_they_seem(machine: Machine, fault: dict[str, Any], words: str) -> None:
+    """By counting, and beside it what the register tells."""
+    machine(**fault)
+    verdict = measure_holding(bench()).verdict
+    assert words in verdict.sentence
+    assert verdict.standing is Standing.DIFFERS
+
+
+def test_reads_that_fail_now_and_then(machine: Machine) -> None:
+    """Each is counted."""
+    error = {"function": "nvmlDeviceGetTotalEnergyConsumption", "error": "TIMEOUT", "first": 4, "every": 5}
+    machine(driver_errors=[error])
+    found = measure_reads(bench())
+    counter = found.kinds["energy counter"]
+    assert counter.num_failed == pytest.approx(counter.num_reads / 5, rel=0.2)
+    assert found.kinds["clock"].num_failed == 0
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_reads_that_take_long_or_are_not_to_be_had(machine: Machine) -> None:
+    """Only these are named."""
+    node = machine()
+    simulated.faults.hang(node.gpus[0], "nvmlDeviceGetClockInfo", 0.01)
+    simulated.faults.remove_support(node.gpus[0], "nvmlDeviceGetCurrentClocksThrottleReasons")
+    simulated.faults.remove_support(node.gpus[0], "nvmlDeviceGetCurrentClocksEventReasons")
+    found = measure_reads(bench())
+    assert found.kinds["clock"].idle.median_s > 0.01
+    assert found.kinds["power"].idle.median_s < 0.01
+    assert list(found.not_supported) == ["throttle reasons"]
+    assert found.num_processes == 8
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+@pytest.mark.parametrize(("period_s", "window_s"), [(0.1, 0.025), (0.04, 0.02), (0.2, 0.2)])
+def test_a_counter_that_looks_away(machine: Machine, period_s: float, window_s: float) -> None:
+    """How much of its period it measures, and the period."""
+    machine(energy_counter_period_s=period_s, energy_counter_window_s=window_s)
+    found = measure_counter(bench(3.0))
+    assert found.period.median_s == pytest.approx(period_s, rel=0.1)
+    assert found.window_s == pytest.approx(window_s, rel=0.25)
+    assert found.idle_w == pytest.approx(50, abs=15)
+    assert found.loaded_w == pytest.approx(300, abs=30)
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_a_gpu_without_a_counter(machine: Machine) -> None:
+    """Says what there is instead."""
+    node = machine()
+    simulated.faults.remove_support(node.gpus[0], "nvmlDeviceGetTotalEnergyConsumption")
+    with pytest.raises(NotMeasured, match="no energy counter"):
+        measure_counter(bench())
+
+
+def test_a_thread_that_keeps_the_interpreter(machine: Machine) -> None:
+    """One call in C that lasts."""
+    machine()
+    found = measure_lateness(bench(1.0), compute=lambda: sum(range(3_000_000)))
+    assert found.beside_python.p95_s > 0.015
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_waiting_that_is_not_cheap(machine: Machine) -> None:
+    """As a share of what work draws."""
+    machine(blocking_power_w=250)
+    found = measure_waiting_power(bench())
+    assert found.waiting_w == pytest.approx(250, abs=5)
+    assert found.loaded_w > 280
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_a_plan_that_goes_by_a_register_that_lags(machine: Machine) -> None:
+    """Where the GPU cannot count: changes are asked for too early by as much as the register is late."""
+    machine(clock_register={"lag_s": 0.08})
+    found = measure_two_clocks(replace(bench(4.0), slices=None))
+    assert found.share_at_higher < 0.85
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_a_plan_of_a_clock_that_is_not_obeyed(machine: Machine) -> None:
+    """No plan can be made of it."""
+    machine(disobeyed_clocks_mhz=[800])
+    with pytest.raises(NotMeasured, match="as long at 800 MHz as at 1000 MHz"):
+        measure_two_clocks(bench())
+
+
+def test_more_calls_than_the_driver_takes(machine: Machine) -> None:
+    """They are slow, and on all GPUs together they wait for each other."""
+    machine(lock_call_s=0.03)
+    found = measure_prices(bench())
+    assert {price.num_gpus for price in found.prices} == {1, 2}
+    assert found.harmless_per_s <= 5
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+class _HeldUpByCalls:
+    """A load that each lock call delays by 3 ms, as NCCL's were."""
+
+    kinds = (MATRIX_PRODUCTS,)
+
+    def __init__(self, load: Load, node: SimulatedNode) -> None:
+        self._load, self._node, self._num_calls = load, node, 0
+        self.waiting = load.waiting
+
+    def pulse(self, kind: str = MATRIX_PRODUCTS) -> Pulse:
+        begin_s, end_s = self._load.pulse(kind)
+        num_calls = len(read_clock_requests(self._node.folder))
+        end_s += 0.003 * min(4, num_calls - self._num_calls)
+        self._num_calls = num_calls
+        return Pulse(begin_s, end_s)
+
+
+def test_calls_that_hold_up_work(machine: Machine) -> None:
+    """However quick they are."""
+    node = machine()
+    normal = bench(4.0)
+    found = measure_prices(replace(normal, devices=normal.devices[:1], load=_HeldUpByCalls(normal.load, node)))
+    worst = found.prices[-1]
+    assert worst.asked_per_s == 50
+    assert worst.called_per_s > 45
+    assert worst.slower > 0.08, "3 ms in each 20 ms"
+    assert found.harmless_per_s < 20
+
+
+def test_a_power_limit_makes_a_plateau(machine: Machine) -> None:
+    """From 800 MHz on the clock is held there."""
+    machine(power_limit_w=265)
+    found = measure_plateau(bench())
+    assert found.plateau_from_mhz == 800
+    assert found.capped_from_mhz == 900
+    assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_a_clock_that_depends_on_the_one_before(machine: Machine) -> None:
+    """One that is not obeyed is another from above than from below."""
+    machine(disobeyed_clocks_mhz=[800])
+    found = measure_plateau(bench())
+    assert found.hysteresis > 0.05
+    assert found.verdict.standing is Standing.DIFFERS
