@@ -123,21 +123,26 @@ def test_the_predicted_work_is_the_work_that_happens() -> None:
     assert predicted.energy_j == pytest.approx(state.work.energy_j)
 
 
-@given(st.lists(st.floats(0.001, 0.5), min_size=1, max_size=30), st.sampled_from([500, 800, 1000]))
-def test_how_often_somebody_looks_changes_nothing(steps_s: list[float], clock_mhz: int) -> None:
+@given(
+    st.lists(st.floats(0.001, 0.5), min_size=1, max_size=30),
+    st.sampled_from([500, 800, 1000]),
+    st.sampled_from([0.0, 0.1, 0.25]),
+)
+def test_how_often_somebody_looks_changes_nothing(steps_s: list[float], clock_mhz: int, window_s: float) -> None:
     """Energy, counter and end are the same whether the state is advanced in one step or in many."""
+    model = replace(MODEL, counter_window_s=window_s)
 
     def started() -> GpuState:
         state = fresh_state()
         state.power_limit_w = 250.0
         physics.start_work(state, 0, 1.0, 1.0)
-        physics.request_clock(MODEL, state, clock_mhz)
+        physics.request_clock(model, state, clock_mhz)
         return state
 
     often, once = started(), started()
     for step_s in steps_s:
-        physics.advance(MODEL, often, often.time_s + step_s)
-    physics.advance(MODEL, once, often.time_s)
+        physics.advance(model, often, often.time_s + step_s)
+    physics.advance(model, once, often.time_s)
     assert often.energy_j == pytest.approx(once.energy_j)
     assert often.counter_j == pytest.approx(once.counter_j)
     assert often.counter_busy_s == pytest.approx(once.counter_busy_s)

@@ -233,7 +233,7 @@ def test_calls_that_hold_up_work(machine: Machine) -> None:
     assert worst.asked_per_s == 50
     assert worst.called_per_s > 45
     assert worst.slower > 0.08, "3 ms in each 20 ms"
-    assert found.harmless_per_s < 20
+    assert found.harmless_per_s < 50
 
 
 def test_a_power_limit_makes_a_plateau(machine: Machine) -> None:

@@ -49,7 +49,7 @@ class Price:
     def is_harmless(self) -> bool:
         """Whether work takes no longer for it, and the driver keeps up."""
         return (
-            self.slower - 2 * self.standard_error <= _HARMLESS
+            self.slower - self.standard_error <= _HARMLESS
             and self.called_per_s >= _CALLED * self.asked_per_s
             and self.calling_share <= MOST_CALLING
         )
