@@ -33,6 +33,7 @@ BLOCKING_POWER_W = {"gpt3-175b+a100_sxm": 83.64, "bloom+a40": 70.38}
 # What these find out, they find out in real time: they run one after another, in one process, from the first moment on.
 IN_REAL_TIME = (
     "tests/runtime/",
+    "tests/measurement/",
     "tests/deepspeed/test_end_to_end.py",
     "tests/deepspeed/test_dualpipev.py",
     "tests/megatron/test_planned_clocks.py",

@@ -71,7 +71,7 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "pynvml": ("perseus_core.gpu",),
     "networkx": ("perseus_core.planning",),
     "matplotlib": ("perseus_core.report", "perseus_core.commands"),
-    "torch": ("perseus_core.runtime", "perseus_ds", "perseus_megatron"),
+    "torch": ("perseus_core.runtime", "perseus_core.commands.measurement", "perseus_ds", "perseus_megatron"),
     "deepspeed": ("perseus_ds",),
     "megatron": ("perseus_megatron",),
 }

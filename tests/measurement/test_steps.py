@@ -12,8 +12,8 @@ from perseus_core.commands.measurement.bench import Bench, open_bench
 from perseus_core.commands.measurement.call_price import measure_prices
 from perseus_core.commands.measurement.counter import measure_counter
 from perseus_core.commands.measurement.holding import measure_holding
-from perseus_core.commands.measurement.lateness import measure_lateness
 from perseus_core.commands.measurement.latency import measure_latency
+from perseus_core.commands.measurement.lateness import measure_lateness
 from perseus_core.commands.measurement.load import MATRIX_PRODUCTS, Load, Pulse
 from perseus_core.commands.measurement.lock_call import measure_lock_calls
 from perseus_core.commands.measurement.plateau import measure_plateau
@@ -21,6 +21,7 @@ from perseus_core.commands.measurement.reads import measure_reads
 from perseus_core.commands.measurement.results import NotMeasured, Standing
 from perseus_core.commands.measurement.steps import STEPS, Step
 from perseus_core.commands.measurement.two_clocks import measure_two_clocks
+from perseus_core.commands.measurement.unlocked import measure_as_before, measure_unlocked
 from perseus_core.commands.measurement.waiting_power import measure_waiting_power
 from perseus_core.gpu import simulated
 from perseus_core.gpu.simulated import SimulatedNode, read_clock_requests
@@ -79,9 +80,7 @@ def test_lock_calls_that_fail(machine: Machine) -> None:
 
 def test_latencies_that_nobody_would_guess(machine: Machine) -> None:
     """Up and down each for itself, with their jitter, whatever the register tells."""
-    machine(
-        clock_latency_s=0.09, clock_latency_down_s=0.04, clock_latency_jitter_s=0.02, clock_register={"lag_s": 0.1}
-    )
+    machine(clock_latency_s=0.09, clock_latency_down_s=0.04, clock_latency_jitter_s=0.02, clock_register={"lag_s": 0.1})
     found = measure_latency(bench())
     assert found.up.median_s == pytest.approx(0.1, abs=0.01)
     assert found.down.median_s == pytest.approx(0.05, abs=0.01)
@@ -234,6 +233,18 @@ def test_calls_that_hold_up_work(machine: Machine) -> None:
     assert worst.called_per_s > 45
     assert worst.slower > 0.08, "3 ms in each 20 ms"
     assert found.harmless_per_s < 50
+
+
+def test_a_clock_that_was_not_given_back(machine: Machine) -> None:
+    """The GPU is slower than before."""
+    node = machine()
+    before = measure_unlocked(bench())
+    now = open_bench(STEP_S, {"unlocked": {"pulse_s": before.pulse_s}})
+    assert measure_as_before(now).verdict.standing is Standing.AS_ASSUMED
+    node.gpus[0].lock_clocks(700, 700)
+    found = measure_as_before(now)
+    assert found.pulse_s > 1.15 * found.before_s
+    assert found.verdict.standing is Standing.DIFFERS
 
 
 def test_a_power_limit_makes_a_plateau(machine: Machine) -> None:

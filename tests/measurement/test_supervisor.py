@@ -122,7 +122,9 @@ def test_without_lock_nothing_is_locked(machine: Machine) -> None:
     assert locked_range(node) == [700, 700]
 
 
-def test_ctrl_c_gives_clocks_back(machine: Machine, doctor: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_ctrl_c_gives_clocks_back(
+    machine: Machine, doctor: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
     """At once, and nothing goes on behind its back."""
     node = machine()
     process = doctor("--lock")

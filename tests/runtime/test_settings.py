@@ -34,6 +34,8 @@ def test_most_users_write_only_enabled() -> None:
         ({"straggler_slowdown": 0.9}, 'config "perseus.straggler_slowdown": 0.9 is below 1'),
         ({"profile_clocks": 1}, 'config "perseus.profile_clocks": 1 must be a whole number, 2 or more'),
         ({"switch_latency_s": "fast"}, 'config "perseus.switch_latency_s": "fast" must be "auto" or seconds'),
+        ({"max_clock_changes_per_s": "few"}, 'config "perseus.max_clock_changes_per_s": "few" must be "auto" or a'),
+        ({"gpu_measurements": 3}, 'config "perseus.gpu_measurements": 3 must be text'),
         ({"profile_cache": None}, 'config "perseus.profile_cache": null must be text'),
         ({"max_slowdown": float("nan")}, 'config "perseus.max_slowdown": NaN is not in [0, 1)'),
     ],

@@ -17,6 +17,7 @@ from perseus_core.commands.measurement.plateau import measure_plateau
 from perseus_core.commands.measurement.reads import measure_reads
 from perseus_core.commands.measurement.results import Result
 from perseus_core.commands.measurement.two_clocks import measure_two_clocks
+from perseus_core.commands.measurement.unlocked import measure_as_before, measure_unlocked
 from perseus_core.commands.measurement.waiting_power import measure_waiting_power
 
 
@@ -28,7 +29,7 @@ class Step:
         name: in the file.
         title: on the page.
         measure: does it; may raise `NotMeasured` or any error, which is told.
-        locks: whether it locks clocks.
+        locks: whether it locks clocks, or is of use only beside those that do.
     """
 
     name: str
@@ -45,6 +46,7 @@ STEPS = (
     Step("marks", "cost of marks", measure_marks),
     Step("anchors", "anchors beside a backlog", measure_anchors),
     Step("captures", "CUDA graphs beside our threads", measure_captures),
+    Step("unlocked", "without a lock", measure_unlocked, locks=True),
     Step("lock_call", "duration of a lock call", measure_lock_calls, locks=True),
     Step("latency", "latency of a change of clock", measure_latency, locks=True),
     Step("holding", "a lock holds", measure_holding, locks=True),
@@ -52,4 +54,6 @@ STEPS = (
     Step("call_price", "price of lock calls", measure_prices, locks=True),
     Step("plateau", "plateau and hysteresis", measure_plateau, locks=True),
 )
-STEPS_BY_NAME = {step.name: step for step in STEPS}
+# When all clocks were given back.
+LAST_STEP = Step("as_before", "as fast as before", measure_as_before, locks=True)
+STEPS_BY_NAME = {step.name: step for step in (*STEPS, LAST_STEP)}

@@ -18,7 +18,7 @@ from typing import Any
 
 import perseus_core
 from perseus_core.commands.measurement.results import Standing
-from perseus_core.commands.measurement.steps import STEPS, Step
+from perseus_core.commands.measurement.steps import LAST_STEP, STEPS, Step
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
 from perseus_core.runtime.clock.clock_owner import claim_clock
@@ -107,6 +107,7 @@ def measure(
         returned = give_back(devices) if lock else None
     if returned is not None:
         add(returned)
+        _let_work([LAST_STEP], done, limits, time.monotonic() + limits.deadline_s, add)
     return done
 
 
