@@ -44,7 +44,7 @@ def path(tmp_path: Path) -> str:
 
 def job(rank: int = 0) -> Job:
     key = ProfileKey("test", "1f1b", 1, 1, 1, 1, 1, "none", 1.0)
-    return Job(rank, 1, 1, 0, 1, 0, lambda m: one_f_one_b(1, m), key)
+    return Job(0, 1, 2, rank, 2, 0, lambda m: one_f_one_b(1, m), key)
 
 
 def test_what_is_written_is_read(path: str) -> None:

@@ -139,7 +139,7 @@ def measure_counter(bench: Bench) -> Counter:
 
 
 def _duration_s(draw: random.Random) -> float:
-    return _SHORTEST_S * (_LONGEST_S / _SHORTEST_S) ** draw.random()
+    return float(_SHORTEST_S * (_LONGEST_S / _SHORTEST_S) ** draw.random())
 
 
 def fit_window(moves: Sequence[tuple[float, float]], pulses: Sequence[Pulse], period_s: float) -> Window:

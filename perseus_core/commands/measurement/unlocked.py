@@ -1,4 +1,4 @@
-"""How fast the GPU works while its clock is the driver's: before any clock was locked, and after all were given back."""
+"""How fast the GPU works while its clock is the driver's: before any was locked, and after all were given back."""
 
 from __future__ import annotations
 
