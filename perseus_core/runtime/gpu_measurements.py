@@ -17,6 +17,8 @@ from perseus_core.runtime.settings import USUAL_CHANGES_PER_S, Settings
 
 FORMAT, VERSION = "perseus-gpu-measurements", 1
 _SECTION = "session"
+# A counter measures all the time if its window is nearly its period.
+_WHOLE = 0.85
 _TIMES = ("up_s", "down_s", "jitter_s", "call_s", "counter_period_s", "counter_window_s")
 
 
@@ -100,6 +102,11 @@ class GpuMeasurements:
             raise InputError(f"{told}was measured on {self.gpu_name}, and this GPU is {gpu_name}; {remedy}")
         if self.is_simulated and ENVIRONMENT_VARIABLE not in environment:
             raise InputError(f"{told}was measured on a simulated GPU; {remedy}")
+
+    @property
+    def partial_window_s(self) -> float:
+        """Of its period, what the energy counter measures; 0 for all of it."""
+        return 0.0 if self.counter_window_s >= _WHOLE * self.counter_period_s else self.counter_window_s
 
     def switching(self, settings: Settings) -> Switching:
         """What changes of clock take: as the user has set it, else as it was measured, else as it usually is."""

@@ -135,12 +135,14 @@ def prepare(settings: Settings, job: Job, find_device: Callable[[], Device], thr
         clocks_mhz = patiently(device.supported_clocks_mhz)
     except PerseusError as error:
         return Prepared(why_not=str(error))
-    switching = _switching(settings, device, job)
+    measured = _measured_before(settings, device, job)
+    switching = settings.switching if measured is None else measured.switching(settings)
+    window_s = 0.0 if measured is None else measured.partial_window_s
     if job.rank != 0:
-        return Prepared(device, clocks_mhz, switching=switching)
+        return Prepared(device, clocks_mhz, switching=switching, counter_window_s=window_s)
     job = replace(job, key=replace(job.key, gpu_name=device.name, power_limit_w=_power_limit_w(device)))
     planner = _planner(settings, job, clocks_mhz, switching, threads)
-    return Prepared(device, clocks_mhz, planner=planner, switching=switching)
+    return Prepared(device, clocks_mhz, planner=planner, switching=switching, counter_window_s=window_s)
 
 
 def visible_device(local_rank: int) -> Device:
@@ -171,18 +173,18 @@ def cache_folder(settings: Settings) -> Path | None:
         return None
 
 
-def _switching(settings: Settings, device: Device, job: Job) -> Switching:
-    """What changes of clock take, until the job has measured it: as the settings say, or the file that they name."""
+def _measured_before(settings: Settings, device: Device, job: Job) -> GpuMeasurements | None:
+    """What `perseus doctor --measure` has found on this model of GPU, if the settings name its file."""
     path = settings.gpu_measurements
     if path:
         try:
             measured = GpuMeasurements.load(path)
             measured.require(device.name, path)
-            return measured.switching(settings)
+            return measured
         except PerseusError as error:
             if job.rank == 0:
                 logger.warning("%s; it is not used", error)
-    return settings.switching
+    return None
 
 
 def _planner(

@@ -58,6 +58,7 @@ class Prepared:
         why_not: without a GPU, the reason.
         planner: on rank 0, with a GPU.
         switching: what changes of clock take, until it has been measured; none for what the settings say.
+        counter_window_s: of its period, what the energy counter measures; 0 for all of it.
     """
 
     device: Device | None = None
@@ -65,6 +66,7 @@ class Prepared:
     why_not: str = ""
     planner: BackgroundPlanner | None = None
     switching: Switching | None = None
+    counter_window_s: float = 0.0
 
 
 class Session:
@@ -424,7 +426,7 @@ class Session:
             return
         self._preparing = None
         device = self._prepared.device
-        self._meter = Meter(self._job.stage, device, self._threads)
+        self._meter = Meter(self._job.stage, device, self._threads, self._prepared.counter_window_s)
         self._meter.start()
         settable = None if self._settings.measure_only else device
         self._clocks = StageClocks(

@@ -61,6 +61,12 @@ def test_what_was_measured_stands_for_auto() -> None:
     assert without.switching(Settings()) == Settings().switching
 
 
+@pytest.mark.parametrize(("window_s", "partial_s"), [(0.025, 0.025), (0.0975, 0.0), (0.0, 0.0)])
+def test_a_counter_that_measures_nearly_all_the_time_measures_all_of_it(window_s: float, partial_s: float) -> None:
+    """And one that is not known as well."""
+    assert replace(MEASURED, counter_window_s=window_s).partial_window_s == partial_s
+
+
 def test_what_the_user_says_counts() -> None:
     """Each key for itself."""
     settings = Settings(switch_latency_s=0.03, max_clock_changes_per_s=20)
@@ -76,6 +82,7 @@ def test_a_session_takes_it(path: str, tmp_path: Path) -> None:
         for rank in (0, 1):
             prepared = prepare(settings, job(rank), lambda: device_of(node), OwnThreads())
             assert prepared.switching == Switching(0.09, 0.04, 0.01, 5, 0.02)
+            assert prepared.counter_window_s == 0.025
 
 
 @pytest.mark.parametrize(

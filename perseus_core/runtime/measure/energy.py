@@ -130,7 +130,9 @@ class Powers:
     durations_s: dict[ChunkKind, Array] = field(repr=False)
 
 
-def solve_powers(iterations: Sequence[Iteration], readings: Sequence[CounterReading]) -> Powers | None:
+def solve_powers(
+    iterations: Sequence[Iteration], readings: Sequence[CounterReading], counter_window_s: float = 0.0
+) -> Powers | None:
     """Powers of everything that one GPU did in iterations at one clock.
 
     Only intervals between readings that lie within the iterations are used. Of consecutive iterations the time between
@@ -141,6 +143,8 @@ def solve_powers(iterations: Sequence[Iteration], readings: Sequence[CounterRead
     Args:
         iterations: in order of time, each with one span at least.
         readings: of that time, in order; more may be given.
+        counter_window_s: the counter measures so much before each move, and takes it for all that went before; 0 for a
+            counter that measures all the time.
 
     Returns:
         The powers, or None if no interval with an instruction lies within the iterations.
@@ -155,6 +159,10 @@ def solve_powers(iterations: Sequence[Iteration], readings: Sequence[CounterRead
     occupancy = _Occupancy(placed, [iteration for iteration in iterations if not iteration.on_host_time])
     num_types = len(occupancy.types)
     before = occupancy.before(times_s)
+    if counter_window_s:
+        stretched = np.diff(times_s, prepend=times_s[0]) / counter_window_s
+        in_window = before - occupancy.before(times_s - counter_window_s)
+        before = np.cumsum(in_window * stretched[:, np.newaxis], axis=0)
     seconds = before[ends] - before[begins]
     # Disturbed executions are in no column, and neither is the time beyond the iterations.
     inside = seconds.sum(axis=1) > times_s[ends] - times_s[begins] - 1e-6

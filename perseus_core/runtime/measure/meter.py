@@ -57,8 +57,9 @@ class Meter:
         traced: what the last whole iteration executed.
     """
 
-    def __init__(self, stage: int, device: Device | None, threads: SideThreads) -> None:
-        """Measures energy only where there is a GPU."""
+    def __init__(self, stage: int, device: Device | None, threads: SideThreads, counter_window_s: float = 0.0) -> None:
+        """Measures energy only where there is a GPU; its counter measures so much of its period (0: all of it)."""
+        self._counter_window_s = counter_window_s
         self.recorder = Recorder()
         self.traced: tuple[Step, ...] = ()
         self._stage = stage
@@ -92,7 +93,7 @@ class Meter:
         self, supported_clocks_mhz: Sequence[int], clocks_mhz: Sequence[int], iterations_of_step: int
     ) -> None:
         """Begins to measure the stage at one clock after the other, see `Sweep`."""
-        self._sweep = Sweep(self._stage, supported_clocks_mhz, clocks_mhz, iterations_of_step)
+        self._sweep = Sweep(self._stage, supported_clocks_mhz, clocks_mhz, iterations_of_step, self._counter_window_s)
 
     def sweep_clock_mhz(self, iterations_since_begin: int) -> int | None:
         """The clock to hold in an iteration of the sweep."""

@@ -97,7 +97,12 @@ class Sweep:
     """
 
     def __init__(
-        self, stage: int, supported_clocks_mhz: Sequence[int], clocks_mhz: Sequence[int], iterations_of_step: int
+        self,
+        stage: int,
+        supported_clocks_mhz: Sequence[int],
+        clocks_mhz: Sequence[int],
+        iterations_of_step: int,
+        counter_window_s: float = 0.0,
     ) -> None:
         """Plans the sweep.
 
@@ -106,6 +111,7 @@ class Sweep:
             supported_clocks_mhz: of its GPU.
             clocks_mhz: the clocks to measure, in this order: see `sweep_clocks`.
             iterations_of_step: how many iterations each is held; the first is discarded.
+            counter_window_s: see `solve_powers`.
 
         Raises:
             InputError: if a step has no iteration that counts.
@@ -116,6 +122,7 @@ class Sweep:
         self._supported = tuple(supported_clocks_mhz)
         self._clocks = tuple(clocks_mhz)
         self._of_step = iterations_of_step
+        self._counter_window_s = counter_window_s
         self._iterations: dict[int, list[Iteration]] = {}
         self._readings: list[CounterReading] = []
         self._measured: dict[int, ClockMeasurements | None] = {}
@@ -247,7 +254,9 @@ class Sweep:
         known = (len(iterations), first, last)
         if self._measured_from.get(clock_mhz) != known:
             self._measured_from[clock_mhz] = known
-            self._measured[clock_mhz] = _measure(clock_mhz, iterations, self._readings[first:last])
+            self._measured[clock_mhz] = _measure(
+                clock_mhz, iterations, self._readings[first:last], self._counter_window_s
+            )
         return self._measured[clock_mhz]
 
     def _readings_between(self, begin_s: float, end_s: float) -> list[CounterReading]:
@@ -260,9 +269,9 @@ class Sweep:
 
 
 def _measure(
-    clock_mhz: int, iterations: Sequence[Iteration], readings: Sequence[CounterReading]
+    clock_mhz: int, iterations: Sequence[Iteration], readings: Sequence[CounterReading], counter_window_s: float
 ) -> ClockMeasurements | None:
-    powers = solve_powers(iterations, readings)
+    powers = solve_powers(iterations, readings, counter_window_s)
     if powers is None:
         return None
     instructions = []

@@ -60,6 +60,7 @@ def read_counter(
     *,
     begin_s: float = 100.0,
     period_s: float = 0.1,
+    window_s: float = 0.0,
     look_every_s: float = 0.005,
     late_share: float = 0.0,
     clock_mhz: int | None = None,
@@ -67,13 +68,17 @@ def read_counter(
 ) -> list[CounterReading]:
     """What a sampler sees of a counter that moves every `period_s`, in whole millijoules.
 
-    A look comes up to a tenth late, and in `late_share` of the cases some 30 ms.
+    Where it has a window, it measures that at the end of each period and takes it for all of it. A look comes up to a
+    tenth late, and in `late_share` of the cases some 30 ms.
     """
     random = random or np.random.default_rng(0)
     pieces = [piece for of_iteration in iterations for piece in of_iteration]
     edges = begin_s + np.concatenate([[0.0], np.cumsum([seconds for _, seconds, _ in pieces])])
     energy = np.concatenate([[0.0], np.cumsum([seconds * watts for _, seconds, watts in pieces])])
     moves = np.arange(begin_s + period_s * random.random(), edges[-1], period_s)
+    counted = np.interp(moves, edges, energy)
+    if window_s:
+        counted = np.cumsum((counted - np.interp(moves - window_s, edges, energy)) * period_s / window_s)
     count = int((edges[-1] - begin_s) / look_every_s)
     steps = look_every_s * (1 + 0.1 * random.random(count))
     steps += (random.random(count) < late_share) * random.exponential(0.03, count)
@@ -83,7 +88,7 @@ def read_counter(
         CounterReading(
             (looks[i - 1] + looks[i]) / 2,
             looks[i] - looks[i - 1],
-            round(float(np.interp(moves[seen[i] - 1], edges, energy)), 3),
+            round(float(counted[seen[i] - 1]), 3),
             clock_mhz,
         )
         for i in range(1, count)
