@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from contextlib import suppress
 
 from perseus_core.commands.inputs import answers, print_json, remarks
 from perseus_core.errors import InputError
@@ -85,6 +86,7 @@ def _measure(args: argparse.Namespace) -> int:
     from perseus_core.commands.measurement.results import Standing
     from perseus_core.commands.measurement.supervisor import GIVEN_BACK, Measured, TimeLimits, measure
     from perseus_core.gpu.discovery import visible_devices
+    from perseus_core.gpu.errors import GpuError
     from perseus_core.gpu.nvml import driver_version
     from perseus_core.gpu.simulated import ENVIRONMENT_VARIABLE
 
@@ -96,7 +98,9 @@ def _measure(args: argparse.Namespace) -> int:
         raise InputError("no GPU is visible to this process; look at CUDA_VISIBLE_DEVICES")
     if args.lock:
         refuse_to_lock(devices)
-    others = sorted({pid for pids in busy_gpus(devices[:1]).values() for pid in pids})
+    others: list[int] = []
+    with suppress(GpuError):  # not every driver tells
+        others = sorted({pid for pids in busy_gpus(devices[:1]).values() for pid in pids})
     about = About.now(
         devices[0].name,
         len(devices),

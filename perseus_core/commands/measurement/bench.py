@@ -26,6 +26,8 @@ _GIVE_BACK_LIMIT_S = 3.0
 _HANG_LIMIT_S = 60.0
 # Of the highest clock. Lower ones no plan uses: they cost time and save nothing.
 _LOWEST_USEFUL = 0.55
+# When a change of clock has settled, and the soonest that is believed of any.
+_SETTLED_S, _SOONEST_S = 0.4, 0.08
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,13 @@ class Bench:
     def device(self) -> Device:
         """The GPU that is measured."""
         return self.devices[0]
+
+    @property
+    def settle_s(self) -> float:
+        """How long a clock that was asked for is given until the GPU is measured at it, power capping included."""
+        latency = self.known.get("latency")
+        longest_s = max(latency["up"]["longest_s"], latency["down"]["longest_s"]) if latency else 0.0
+        return max(min(_SETTLED_S, self.step_s / 20), _SOONEST_S, 2 * longest_s)
 
     def counting(self) -> Slices:
         """Has the GPU count cycles.

@@ -17,8 +17,7 @@ from perseus_core.runtime.clock.settable_clock import SettableClock
 from perseus_core.runtime.settings import USUAL_CHANGES_PER_S
 
 RATES_PER_S = (1, 5, 10, 20, 50)
-_SETTLE_S = 0.2
-_SHORTEST_S, _SLOTS = 0.4, 8
+_SHORTEST_S, _SLOTS = 0.3, 8
 # Work may become so much slower, beyond what it scatters by; so much of what was asked for must be called.
 _HARMLESS, _CALLED = 0.01, 0.9
 
@@ -114,7 +113,7 @@ def harmless_rate(prices: Sequence[Price]) -> int:
 def _without_calls(bench: Bench, clocks: Sequence[SettableClock], kind: str, duration_s: float) -> list[float]:
     """At the lower of the two clocks, so that calls cannot look like a slower clock."""
     clocks[0].lock(bench.device.supported_clocks_mhz()[1])
-    time.sleep(_SETTLE_S)
+    time.sleep(bench.settle_s)
     return _work(bench, kind, duration_s)[0]
 
 

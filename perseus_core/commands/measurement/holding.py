@@ -14,7 +14,6 @@ from perseus_core.gpu.device import ThrottleReason
 from perseus_core.gpu.slices import Slices
 
 _NUM_CLOCKS = 7
-_SETTLE_S = 0.4
 _COUNT_EVERY_S = 0.01
 _NEEDED = 5
 # A clock is held if the GPU counts within this of it; so many MHz the register may tell otherwise.
@@ -88,7 +87,7 @@ def measure_holding(bench: Bench) -> Holding:
     with own_clocks([bench.device]) as (clock,), busy(bench.load):
         for clock_mhz in order:
             clock.lock(clock_mhz)
-            time.sleep(_SETTLE_S)
+            time.sleep(bench.settle_s)
             counted[clock_mhz], told[clock_mhz], reasons[clock_mhz] = _watch(bench, slices, each_s)
     cycles = _cycles(counted)
     return Holding(tuple(_held(one, counted[one], told[one], reasons[one], cycles) for one in clocks))

@@ -14,7 +14,6 @@ from perseus_core.gpu.errors import CallFailed
 from perseus_core.runtime.clock.settable_clock import SettableClock
 
 _NUM_CLOCKS = 8
-_SETTLE_S = 0.3
 _SHORTEST_S = 0.15
 _LOOK_EVERY_S = 0.01
 # Times within this are the same.
@@ -81,7 +80,7 @@ def measure_plateau(bench: Bench) -> Plateau:
 def _time_at(bench: Bench, clock: SettableClock, clock_mhz: int, duration_s: float, capped: set[int]) -> float:
     """The median time of a pulse [s], once the clock is in force."""
     clock.lock(clock_mhz)
-    settled_s = time.monotonic() + _SETTLE_S
+    settled_s = time.monotonic() + bench.settle_s
     while time.monotonic() < settled_s:
         bench.load.pulse()
     with busy(bench.load) as pulses:

@@ -10,7 +10,7 @@ from perseus_core.commands.measurement.bench import Bench
 from perseus_core.commands.measurement.load import busy
 from perseus_core.commands.measurement.results import NotMeasured, Verdict, ms, standing
 
-_SETTLE_S, _SHORTEST_S = 0.3, 0.3
+_SHORTEST_S = 0.3
 _SAME = 0.03
 
 
@@ -60,7 +60,7 @@ def measure_unlocked(bench: Bench) -> Unlocked:
     """Before any clock is locked."""
     clocks_mhz = []
     with busy(bench.load) as pulses:
-        time.sleep(_SETTLE_S)
+        time.sleep(bench.settle_s)
         first = len(pulses)
         until_s = time.monotonic() + max(_SHORTEST_S, bench.step_s / 8)
         while time.monotonic() < until_s or len(pulses) < first + 4:
