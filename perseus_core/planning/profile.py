@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -105,17 +106,38 @@ class Profile:
         """The kinds of instruction measured."""
         return frozenset(t.kind for t in self.types)
 
-    @property
-    def max_clock_mhz(self) -> int:
-        """The highest clock at which every instruction type was measured.
+    def missing_at_top(self) -> tuple[tuple[InstructionType, int], ...]:
+        """Types that were not measured at the highest clock of their stage, with that clock.
 
-        Raises:
-            InputError: if no clock is common to all.
+        A stage has GPUs of one kind; another one may have others, and so another highest clock.
         """
-        common = set.intersection(*({m.clock_mhz for m in of_type} for of_type in self._by_type.values()))
-        if not common:
-            raise InputError("profile has no clock at which every instruction was measured; measure all at the highest")
-        return max(common)
+        highest: dict[int, int] = {}
+        for m in self.measurements:
+            highest[m.type.stage] = max(m.clock_mhz, highest.get(m.type.stage, 0))
+        return tuple((t, highest[t.stage]) for t in self.types if self.of(t)[0].clock_mhz < highest[t.stage])
+
+    def with_filled_top(self) -> Profile:
+        """The same with an estimate for each type that was not measured at the highest clock of its stage.
+
+        From the highest clock where it was measured it changes as the stage's other types do on average.
+        """
+        filled = list(self.measurements)
+        for missing, top_mhz in self.missing_at_top():
+            last = self.of(missing)[0]
+            others = [{m.clock_mhz: m for m in self.of(t)} for t in self.types if t.stage == missing.stage]
+            changes = [
+                (of[top_mhz].time_s / of[last.clock_mhz].time_s, of[top_mhz].energy_j / of[last.clock_mhz].energy_j)
+                for of in others
+                if {top_mhz, last.clock_mhz} <= set(of)
+            ]
+            if not changes:
+                raise InputError(
+                    f"{missing} cannot be estimated at {top_mhz} MHz: no other instruction of its stage was measured "
+                    f"there and at {last.clock_mhz} MHz; measure it"
+                )
+            of_time, of_energy = (statistics.fmean(column) for column in zip(*changes, strict=True))
+            filled.append(Measurement(missing, top_mhz, last.time_s * of_time, last.energy_j * of_energy))
+        return Profile(tuple(filled))
 
     def of(self, instruction_type: InstructionType) -> tuple[Measurement, ...]:
         """Measurements of one type, from the highest clock down.
