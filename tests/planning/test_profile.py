@@ -36,7 +36,7 @@ def test_save_and_load_give_the_same_profile(tmp_path: Path) -> None:
     kinds = (Kind.FORWARD, Kind.BACKWARD)
     profile = Profile(
         tuple(
-            Measurement(InstructionType(stage, chunk, kind), clock, 0.1 / clock, 3.0, 5, 0.01, None)
+            Measurement(InstructionType(stage, chunk, kind), clock, 100 / clock, 30.0, 5, 0.01, None)
             for stage in range(2)
             for chunk in range(2)
             for kind in kinds
@@ -128,3 +128,19 @@ def test_division_into_chunks_and_parts_keeps_the_sums(own_profile: Profile) -> 
         ]
         assert sum(p.time_s for p in parts) == pytest.approx(m.time_s)
         assert sum(p.energy_j for p in parts) == pytest.approx(m.energy_j)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD.replace(",", ";"), "separated by semicolons"),
+        (GOOD.replace("energy\n", "energy,time\n").replace("20\n", "20,1\n"), r'2 columns "time"'),
+        (GOOD.replace("0.05", "50").replace("0.1,", "100,"), "0.4 W.*milliseconds"),
+        (GOOD.replace("0.05", "50000").replace("0.1,", "100000,"), "0.0004 W.*microseconds"),
+        (GOOD.replace("20\n", "20000\n").replace("40\n", "40000\n"), "4e\\+05 W.*millijoules"),
+    ],
+)
+def test_a_table_in_another_form_is_refused_with_what_it_looks_like(tmp_path: Path, text: str, said: str) -> None:
+    """Whoever exports from a spreadsheet, or measures in milliseconds, is told so."""
+    with pytest.raises(InputError, match=said):
+        load(tmp_path, text)
