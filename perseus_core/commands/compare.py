@@ -15,6 +15,7 @@ from perseus_core.commands.inputs import (
     answers,
     print_json,
     read_problem,
+    remark,
     say_written,
     solve_with_progress,
 )
@@ -52,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     frontier, solve_s = solve_with_progress(problem)
     baseline = all_max(problem)
     plan = make_plan(frontier, baseline=baseline)
-    others = (zeus_global(problem), zeus_per_stage(problem), envpipe(problem))
+    others = [zeus_global(problem), zeus_per_stage(problem), envpipe(problem)]
+    for other in [other for other in others if not other.points]:
+        remark(f"{other.name}: there is no clock that all stages have")
+        others.remove(other)
     published = read_published(args.published) if args.published else None
 
     rows = [_row("All clocks at maximum", baseline, baseline)]

@@ -73,6 +73,11 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-profile", action="store_true", help="take the table exactly as it is, without smoothing noise"
     )
+    parser.add_argument(
+        "--fill-top",
+        action="store_true",
+        help="estimate instructions that were not measured at the highest clock of their stage",
+    )
 
 
 def read_problem(args: argparse.Namespace) -> PipelineProblem:
@@ -82,6 +87,10 @@ def read_problem(args: argparse.Namespace) -> PipelineProblem:
         InputError: for whatever cannot be.
     """
     profile = Profile.load(args.profile)
+    if args.fill_top:
+        for missing, clock_mhz in profile.missing_at_top():
+            remark(f"{missing} was not measured at {clock_mhz} MHz: it is estimated there")
+        profile = profile.with_filled_top()
     if args.schedule == "interleaved" and profile.num_chunks == 1:
         profile = profile.divided_into_chunks(args.chunks)
         remark(f"{args.profile} has no chunks: each is taken for 1/{args.chunks} of its stage")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,14 +33,30 @@ class Baseline:
 
 
 def all_max(problem: PipelineProblem) -> Execution:
-    """Every instruction at the highest clock: what a job does on its own."""
-    return execute(problem, np.full(problem.dag.num_instructions, common_clocks_mhz(problem)[0]))
+    """Every instruction at the highest clock of its own GPU: what a job does on its own.
+
+    Raises:
+        InputError: if one was not measured there.
+    """
+    tops_mhz = [of_type[0].clock_mhz for of_type in problem.measurements]
+    for t, top_mhz in zip(problem.types, tops_mhz, strict=True):
+        highest_mhz = max(mhz for other, mhz in zip(problem.types, tops_mhz, strict=True) if other.stage == t.stage)
+        if top_mhz < highest_mhz:
+            raise InputError(
+                f"{t} was not measured at {highest_mhz} MHz, the highest clock of its stage, which is what it runs at "
+                "without a plan; measure it there, or estimate it with --fill-top"
+            )
+    return execute(problem, np.array(tops_mhz)[problem.curve_of])
 
 
 def zeus_global(problem: PipelineProblem) -> Baseline:
-    """One clock for the whole pipeline (Zeus, You et al., NSDI 2023, for many GPUs as in the Perseus paper)."""
+    """One clock for the whole pipeline (Zeus, You et al., NSDI 2023, for many GPUs as in the Perseus paper).
+
+    Stages of different GPUs may have no clock in common: then it has no point.
+    """
     n = problem.dag.num_instructions
-    return _baseline("Zeus, global", [execute(problem, np.full(n, clock)) for clock in common_clocks_mhz(problem)])
+    points = [execute(problem, np.full(n, clock)) for clock in _common_clocks_mhz(problem.measurements)]
+    return _baseline("Zeus, global", points)
 
 
 def zeus_per_stage(problem: PipelineProblem) -> Baseline:
@@ -52,14 +69,16 @@ def zeus_per_stage(problem: PipelineProblem) -> Baseline:
         for t, ms in zip(problem.types, problem.measurements, strict=True)
         if t.kind is Kind.FORWARD and t.chunk == 0
     }
-    clocks = common_clocks_mhz(problem)
-    slowest_stage_s = max(min(times[c] for c in clocks) for times in forward.values())
-    targets_s = sorted({times[c] for times in forward.values() for c in clocks if times[c] >= slowest_stage_s})
+    stages = range(problem.schedule.num_stages)
+    clocks = [
+        _common_clocks_mhz([ms for t, ms in zip(problem.types, problem.measurements, strict=True) if t.stage == stage])
+        for stage in stages
+    ]
+    slowest_stage_s = max(min(forward[stage][c] for c in clocks[stage]) for stage in stages)
+    targets_s = sorted({t for stage in stages for c in clocks[stage] if (t := forward[stage][c]) >= slowest_stage_s})
     points = []
     for target_s in targets_s:
-        per_stage = [
-            min(c for c in clocks if forward[stage][c] <= target_s) for stage in range(problem.schedule.num_stages)
-        ]
+        per_stage = [min(c for c in clocks[stage] if forward[stage][c] <= target_s) for stage in stages]
         points.append(execute(problem, np.array(per_stage)[problem.stage_of]))
     return _baseline("Zeus, per stage", points)
 
@@ -107,16 +126,9 @@ def _efficient_clocks_mhz(measurements: tuple[Measurement, ...]) -> list[int]:
     return [m.clock_mhz for m in kept]
 
 
-def common_clocks_mhz(problem: PipelineProblem) -> list[int]:
-    """The clocks at which every instruction was measured, highest first.
-
-    Raises:
-        InputError: if there is none.
-    """
-    common = set.intersection(*({m.clock_mhz for m in ms} for ms in problem.measurements))
-    if not common:
-        raise InputError("profile has no clock at which every instruction was measured; measure all at the highest")
-    return sorted(common, reverse=True)
+def _common_clocks_mhz(of_types: Sequence[Sequence[Measurement]]) -> list[int]:
+    """The clocks at which all of these types were measured, highest first."""
+    return sorted(set.intersection(*({m.clock_mhz for m in of_type} for of_type in of_types)), reverse=True)
 
 
 def _baseline(name: str, points: list[Execution]) -> Baseline:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from perseus_core.planning.schedule import InstructionType, Kind
 # A profile of 1000 stages, 4 kinds and 100 clocks is some 30 MB. Whatever is larger is not a profile.
 MAX_FILE_BYTES = 64 * 2**20
 
+# What one GPU draws while it computes, in any case.
+_LEAST_POWER_W, _MOST_POWER_W = 5.0, 20_000.0
 _REQUIRED_COLUMNS = ("stage", "instruction", "frequency", "time", "energy")
 _OPTIONAL_COLUMNS = ("chunk", "samples", "time_std", "energy_std")
 
@@ -105,17 +108,38 @@ class Profile:
         """The kinds of instruction measured."""
         return frozenset(t.kind for t in self.types)
 
-    @property
-    def max_clock_mhz(self) -> int:
-        """The highest clock at which every instruction type was measured.
+    def missing_at_top(self) -> tuple[tuple[InstructionType, int], ...]:
+        """Types that were not measured at the highest clock of their stage, with that clock.
 
-        Raises:
-            InputError: if no clock is common to all.
+        A stage has GPUs of one kind; another one may have others, and so another highest clock.
         """
-        common = set.intersection(*({m.clock_mhz for m in of_type} for of_type in self._by_type.values()))
-        if not common:
-            raise InputError("profile has no clock at which every instruction was measured; measure all at the highest")
-        return max(common)
+        highest: dict[int, int] = {}
+        for m in self.measurements:
+            highest[m.type.stage] = max(m.clock_mhz, highest.get(m.type.stage, 0))
+        return tuple((t, highest[t.stage]) for t in self.types if self.of(t)[0].clock_mhz < highest[t.stage])
+
+    def with_filled_top(self) -> Profile:
+        """The same with an estimate for each type that was not measured at the highest clock of its stage.
+
+        From the highest clock where it was measured it changes as the stage's other types do on average.
+        """
+        filled = list(self.measurements)
+        for missing, top_mhz in self.missing_at_top():
+            last = self.of(missing)[0]
+            others = [{m.clock_mhz: m for m in self.of(t)} for t in self.types if t.stage == missing.stage]
+            changes = [
+                (of[top_mhz].time_s / of[last.clock_mhz].time_s, of[top_mhz].energy_j / of[last.clock_mhz].energy_j)
+                for of in others
+                if {top_mhz, last.clock_mhz} <= set(of)
+            ]
+            if not changes:
+                raise InputError(
+                    f"{missing} cannot be estimated at {top_mhz} MHz: no other instruction of its stage was measured "
+                    f"there and at {last.clock_mhz} MHz; measure it"
+                )
+            of_time, of_energy = (statistics.fmean(column) for column in zip(*changes, strict=True))
+            filled.append(Measurement(missing, top_mhz, last.time_s * of_time, last.energy_j * of_energy))
+        return Profile(tuple(filled))
 
     def of(self, instruction_type: InstructionType) -> tuple[Measurement, ...]:
         """Measurements of one type, from the highest clock down.
@@ -209,9 +233,11 @@ class Profile:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{path}: is not a readable CSV text file ({error})") from None
         try:
-            return cls(measurements)
+            profile = cls(measurements)
+            _refuse_other_units(profile)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+        return profile
 
     def save(self, path: str | Path) -> None:
         """Writes the CSV that `load` reads, with the optional columns that hold something."""
@@ -289,12 +315,7 @@ def _read_rows(path: Path, rows: Iterable[list[str]]) -> Iterable[Measurement]:
     header = [name.strip() for name in next(lines, (1, []))[1]]
     if not header:
         raise InputError(f"{path}: is empty; its first line must be {','.join(_REQUIRED_COLUMNS)}")
-    for column in _REQUIRED_COLUMNS:
-        if column not in header:
-            raise InputError(
-                f'{path}, line 1: column "{column}" is missing; the columns are {",".join(_REQUIRED_COLUMNS)} '
-                f"and optionally {','.join(_OPTIONAL_COLUMNS)}"
-            )
+    _require_header(path, header)
     for number, row in lines:
         if not any(field.strip() for field in row):
             continue
@@ -306,6 +327,38 @@ def _read_rows(path: Path, rows: Iterable[list[str]]) -> Iterable[Measurement]:
             yield _measurement(dict(zip(header, (field.strip() for field in row), strict=True)))
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
+
+
+def _require_header(path: Path, header: Sequence[str]) -> None:
+    if len(header) == 1 and ";" in header[0]:
+        raise InputError(
+            f"{path}, line 1: columns are separated by semicolons; export it with commas between columns and points in "
+            "numbers"
+        )
+    for column in header:
+        if header.count(column) > 1:
+            raise InputError(f'{path}, line 1: there are {header.count(column)} columns "{column}"; leave one')
+    for column in _REQUIRED_COLUMNS:
+        if column not in header:
+            raise InputError(
+                f'{path}, line 1: column "{column}" is missing; the columns are {",".join(_REQUIRED_COLUMNS)} '
+                f"and optionally {','.join(_OPTIONAL_COLUMNS)}"
+            )
+
+
+def _refuse_other_units(profile: Profile) -> None:
+    """Energy over time is the power of one GPU at work: tens to some thousand watts, whatever the GPU."""
+    power_w = statistics.median(m.energy_j / m.time_s for m in profile.measurements)
+    if power_w < _LEAST_POWER_W:
+        units = "times look like milliseconds" if power_w * 1000 >= _LEAST_POWER_W else "times look like microseconds"
+    elif power_w > _MOST_POWER_W:
+        units = "energies look like millijoules"
+    else:
+        return
+    raise InputError(
+        f"energy over time is {power_w:.3g} W, and no GPU at work draws that: {units}; give seconds, and joules of one "
+        "GPU"
+    )
 
 
 def _measurement(row: dict[str, str]) -> Measurement:

@@ -248,9 +248,9 @@ def time_and_energy(problem: PipelineProblem, clocks_mhz: list[int]) -> tuple[fl
 def true_slowdown_and_saving(fitted: Profile, truth: Profile) -> tuple[float, float]:
     """What the default plan made from a fitted profile does in truth: GPT-3 175B on A100, 1F1B, 24 microbatches."""
     schedule = one_f_one_b(truth.num_stages, 24)
-    clocks = default_clocks_mhz(PipelineProblem.of(fitted, schedule, BLOCKING_POWER_W), truth.max_clock_mhz)
+    clocks = default_clocks_mhz(PipelineProblem.of(fitted, schedule, BLOCKING_POWER_W), truth.measurements[0].clock_mhz)
     reality = PipelineProblem.of(truth, schedule, BLOCKING_POWER_W)
-    baseline_time_s, baseline_energy_j = time_and_energy(reality, [truth.max_clock_mhz] * len(clocks))
+    baseline_time_s, baseline_energy_j = time_and_energy(reality, [truth.measurements[0].clock_mhz] * len(clocks))
     time_s, energy_j = time_and_energy(reality, clocks)
     return time_s / baseline_time_s - 1, 1 - energy_j / baseline_energy_j
 

@@ -25,7 +25,7 @@ def load(tmp_path: Path, text: str) -> Profile:
 def test_published_columns_load_as_they_are(published: Path) -> None:
     """The paper's own CSV loads: 8 stages, 38 clocks, forward and backward."""
     profile = Profile.load(published / "stage_profile" / "gpt3-175b+a100_sxm_bf16.csv")
-    assert (profile.num_stages, profile.num_chunks, profile.max_clock_mhz) == (8, 1, 1410)
+    assert (profile.num_stages, profile.num_chunks, profile.measurements[0].clock_mhz) == (8, 1, 1410)
     assert all(len(profile.of(t)) == 38 for t in profile.types)
     first = profile.of(InstructionType(0, 0, Kind.FORWARD))[0]
     assert (first.clock_mhz, first.time_s) == (1410, 0.05016166687011708)
@@ -36,7 +36,7 @@ def test_save_and_load_give_the_same_profile(tmp_path: Path) -> None:
     kinds = (Kind.FORWARD, Kind.BACKWARD)
     profile = Profile(
         tuple(
-            Measurement(InstructionType(stage, chunk, kind), clock, 0.1 / clock, 3.0, 5, 0.01, None)
+            Measurement(InstructionType(stage, chunk, kind), clock, 100 / clock, 30.0, 5, 0.01, None)
             for stage in range(2)
             for chunk in range(2)
             for kind in kinds
@@ -49,7 +49,7 @@ def test_save_and_load_give_the_same_profile(tmp_path: Path) -> None:
 
 def test_one_clock_is_legal(tmp_path: Path) -> None:
     """A profile of a single clock leaves nothing to choose, and that is fine."""
-    assert load(tmp_path, GOOD).max_clock_mhz == 1410
+    assert {m.clock_mhz for m in load(tmp_path, GOOD).measurements} == {1410}
 
 
 def test_repeated_identical_rows_count_once(tmp_path: Path) -> None:
@@ -128,3 +128,19 @@ def test_division_into_chunks_and_parts_keeps_the_sums(own_profile: Profile) -> 
         ]
         assert sum(p.time_s for p in parts) == pytest.approx(m.time_s)
         assert sum(p.energy_j for p in parts) == pytest.approx(m.energy_j)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD.replace(",", ";"), "separated by semicolons"),
+        (GOOD.replace("energy\n", "energy,time\n").replace("20\n", "20,1\n"), r'2 columns "time"'),
+        (GOOD.replace("0.05", "50").replace("0.1,", "100,"), "0.4 W.*milliseconds"),
+        (GOOD.replace("0.05", "50000").replace("0.1,", "100000,"), "0.0004 W.*microseconds"),
+        (GOOD.replace("20\n", "20000\n").replace("40\n", "40000\n"), "4e\\+05 W.*millijoules"),
+    ],
+)
+def test_a_table_in_another_form_is_refused_with_what_it_looks_like(tmp_path: Path, text: str, said: str) -> None:
+    """Whoever exports from a spreadsheet, or measures in milliseconds, is told so."""
+    with pytest.raises(InputError, match=said):
+        load(tmp_path, text)

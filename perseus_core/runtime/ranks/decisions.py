@@ -389,11 +389,11 @@ class Decisions:
         return found.middle / self._watch.allowed - 1
 
     def _may_be_corrected(self, late_by: float) -> bool:
-        """Whether there shall be another plan after one that is late, whatever it is late for.
+        """Whether there shall be another plan after one that is late, whatever it is made for.
 
-        Heat comes and goes: it is no fault of the plan.
+        One that heat has made late had no fault.
         """
-        if self._cool_iterations < self._limits.watch_iterations:
+        if self._interlude_for is not None and self._cool_iterations < self._limits.watch_iterations:
             return True
         has_helped = self._corrections == 0 or late_by <= _HARDLY_LESS * self._late_by
         self._corrections += 1

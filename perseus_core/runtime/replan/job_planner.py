@@ -118,9 +118,16 @@ class JobPlanner:
         self.job = job
         if traced is not None:
             self._traced = self._schedule_of(traced, job.baseline.num_microbatches)
-        self.profile = self._unhurried_profile = fit_profile(job.profile, clocks_mhz=self._clocks_mhz)
+        self.profile = self._unhurried_profile = self._fitted()
         self._forget_lateness()
         self._calibrate()
+
+    def _fitted(self) -> Profile:
+        assert self.job is not None, "there are measurements"
+        profile = self.job.profile
+        for missing, clock_mhz in profile.missing_at_top():
+            logger.warning("%s was not measured at %d MHz: it is estimated there", missing, clock_mhz)
+        return fit_profile(profile.with_filled_top(), clocks_mhz=self._clocks_mhz)
 
     def state(self, plan: PlanMessage) -> PlannerState:
         """What to save beside a plan."""
@@ -177,7 +184,7 @@ class JobPlanner:
     def forget_corrections(self) -> None:
         """Back to what was measured in the first place."""
         assert self.job is not None, "there are measurements"
-        self.profile = self._unhurried_profile = fit_profile(self.job.profile, clocks_mhz=self._clocks_mhz)
+        self.profile = self._unhurried_profile = self._fitted()
         self._forget_lateness()
         self._calibrate()
 
