@@ -17,7 +17,8 @@ from perseus_core.runtime.clock.settable_clock import SettableClock
 from perseus_core.runtime.settings import USUAL_CHANGES_PER_S
 
 RATES_PER_S = (1, 5, 10, 20, 50)
-_SHORTEST_S, _SLOTS = 0.3, 8
+# All of it takes so many times as long as a step is said to; each rate so long at least.
+_TIMES, _SHORTEST_S = 2.5, 0.3
 # Work may become so much slower, beyond what it scatters by; so much of what was asked for must be called.
 _HARMLESS, _CALLED = 0.01, 0.9
 
@@ -85,10 +86,12 @@ class Prices:
 
 def measure_prices(bench: Bench) -> Prices:
     """Times the work with and without calls between two of the highest clocks, in turns."""
-    each_s = max(_SHORTEST_S, bench.step_s / _SLOTS)
+    groups = sorted({1, len(bench.devices)})
+    num_slots = len(groups) * len(bench.load.kinds) * (1 + 1.5 * len(RATES_PER_S))
+    each_s = max(_SHORTEST_S, _TIMES * bench.step_s / num_slots)
     prices: list[Price] = []
     with own_clocks(bench.devices) as clocks:
-        for num_gpus in sorted({1, len(clocks)}):
+        for num_gpus in groups:
             for kind in bench.load.kinds:
                 before = _without_calls(bench, clocks, kind, each_s)
                 for rate_per_s in RATES_PER_S:

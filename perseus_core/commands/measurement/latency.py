@@ -56,7 +56,7 @@ class Latency:
             and abs(self.register_lag_s) <= _LAG_S
             and not self.num_unseen
         )
-        unseen = f"; {self.num_unseen} changes did not show within {_LIMIT_S:g} s" if self.num_unseen else ""
+        unseen = f"; {self.num_unseen} change(s) did not show within {_LIMIT_S:g} s" if self.num_unseen else ""
         sentence = (
             f"a rise takes {ms(self.up.median_s)} ({ms(self.up.p05_s)} to {ms(self.up.p95_s)}), a fall "
             f"{ms(self.down.median_s)} ({ms(self.down.p05_s)} to {ms(self.down.p95_s)}), over {len(self.pairs)} pairs "

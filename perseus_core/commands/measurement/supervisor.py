@@ -62,7 +62,7 @@ class TimeLimits:
 
     step_s: float
     deadline_s: float
-    total_s: float = 560.0
+    total_s: float = 500.0
 
     @classmethod
     def for_steps_of(cls, step_s: float) -> TimeLimits:
