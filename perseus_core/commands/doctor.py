@@ -10,7 +10,7 @@ from contextlib import suppress
 from perseus_core.commands.inputs import answers, print_json, remarks
 from perseus_core.errors import InputError
 
-HELP = "say what this machine has and lacks for Perseus; reads only"
+HELP = "say what this machine has and lacks for Perseus, or measure it; sets nothing but with --lock"
 
 _STYLES = {
     "ok": "green",

@@ -19,7 +19,7 @@ from perseus_core.commands.measurement.lock_call import measure_lock_calls
 from perseus_core.commands.measurement.plateau import measure_plateau
 from perseus_core.commands.measurement.reads import measure_reads
 from perseus_core.commands.measurement.results import NotMeasured, Standing
-from perseus_core.commands.measurement.steps import STEPS, Step
+from perseus_core.commands.measurement.steps import STEPS, STEPS_BY_NAME, Step
 from perseus_core.commands.measurement.two_clocks import measure_two_clocks
 from perseus_core.commands.measurement.unlocked import measure_as_before, measure_unlocked
 from perseus_core.commands.measurement.waiting_power import measure_waiting_power
@@ -76,6 +76,18 @@ def test_lock_calls_that_fail(machine: Machine) -> None:
     assert found.num_failed >= 2
     assert "failed and passed" in found.verdict.sentence
     assert found.verdict.standing is Standing.DIFFERS
+
+
+@pytest.mark.parametrize("name", ["unlocked", "latency", "holding", "two_clocks", "call_price", "plateau", "counter"])
+def test_errors_that_pass_end_no_step(machine: Machine, name: str) -> None:
+    """Where they are not what is measured."""
+    functions = ("SetGpuLockedClocks", "GetClockInfo", "GetCurrentClocksEventReasons", "GetTotalEnergyConsumption")
+    machine(
+        driver_errors=[
+            {"function": f"nvmlDevice{one}", "error": "TIMEOUT", "first": 2, "every": 7} for one in functions
+        ]
+    )
+    assert "assumed" in STEPS_BY_NAME[name].measure(bench()).verdict.sentence
 
 
 def test_latencies_that_nobody_would_guess(machine: Machine) -> None:

@@ -17,7 +17,9 @@ from perseus_core.gpu.errors import GpuError
 from perseus_core.gpu.simulated import ENVIRONMENT_VARIABLE
 from perseus_core.gpu.slices import Slices
 from perseus_core.runtime.clock.give_back import GuardedClock
+from perseus_core.runtime.clock.settable_clock import SettableClock
 from perseus_core.runtime.measure.events import EventSource
+from perseus_core.runtime.patience import patiently
 from perseus_core.runtime.side_threads import OwnThreads, SideThreads
 
 _GUARD_LIMIT_S = 30.0
@@ -111,6 +113,15 @@ def own_clocks(devices: Sequence[Device]) -> Iterator[list[GuardedClock]]:
     finally:
         for clock in clocks:
             clock.release(_GIVE_BACK_LIMIT_S)
+
+
+def hold(clock: SettableClock, clock_mhz: int) -> None:
+    """Locks a clock, also where the driver's calls fail now and then.
+
+    Raises:
+        GpuError: if they fail for good.
+    """
+    patiently(lambda: clock.lock(clock_mhz))
 
 
 def open_bench(step_s: float, known: Mapping[str, Mapping[str, Any]]) -> Bench:

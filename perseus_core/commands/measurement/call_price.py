@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from perseus_core.commands.measurement.bench import Bench, own_clocks
+from perseus_core.commands.measurement.bench import Bench, hold, own_clocks
 from perseus_core.commands.measurement.results import Verdict, standing
 from perseus_core.gpu.errors import CallFailed, GpuError
 from perseus_core.planning.switching import MOST_CALLING
@@ -115,7 +115,7 @@ def harmless_rate(prices: Sequence[Price]) -> int:
 
 def _without_calls(bench: Bench, clocks: Sequence[SettableClock], kind: str, duration_s: float) -> list[float]:
     """At the lower of the two clocks, so that calls cannot look like a slower clock."""
-    clocks[0].lock(bench.device.supported_clocks_mhz()[1])
+    hold(clocks[0], bench.device.supported_clocks_mhz()[1])
     time.sleep(bench.settle_s)
     return _work(bench, kind, duration_s)[0]
 

@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perseus_core.commands.measurement.bench import Bench, own_clocks
+from perseus_core.commands.measurement.bench import Bench, hold, own_clocks
 from perseus_core.commands.measurement.load import busy
 from perseus_core.commands.measurement.results import NotMeasured, Verdict, standing
 from perseus_core.gpu.device import ThrottleReason
 from perseus_core.gpu.slices import Slices
+from perseus_core.runtime.patience import patiently
 
 _NUM_CLOCKS = 7
 _COUNT_EVERY_S = 0.01
@@ -86,7 +87,7 @@ def measure_holding(bench: Bench) -> Holding:
     reasons: dict[int, ThrottleReason] = {}
     with own_clocks([bench.device]) as (clock,), busy(bench.load):
         for clock_mhz in order:
-            clock.lock(clock_mhz)
+            hold(clock, clock_mhz)
             time.sleep(bench.settle_s)
             counted[clock_mhz], told[clock_mhz], reasons[clock_mhz] = _watch(bench, slices, each_s)
     cycles = _cycles(counted)
@@ -103,8 +104,8 @@ def _watch(bench: Bench, slices: Slices, duration_s: float) -> tuple[list[float]
     while time.monotonic() < until_s or num_begun < _NEEDED:
         slices.begin()
         num_begun += 1
-        told.append(bench.device.sm_clock_mhz())
-        reasons |= bench.device.throttle_reasons()
+        told.append(patiently(bench.device.sm_clock_mhz))
+        reasons |= patiently(bench.device.throttle_reasons)
         time.sleep(_COUNT_EVERY_S)
     time.sleep(_COUNT_EVERY_S)
     return [one.end_s - one.begin_s for one in slices.finished()], told, reasons

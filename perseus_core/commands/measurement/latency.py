@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
-from perseus_core.commands.measurement.bench import Bench, own_clocks
+from perseus_core.commands.measurement.bench import Bench, hold, own_clocks
 from perseus_core.commands.measurement.results import NotMeasured, Spread, Verdict, ms, standing
 from perseus_core.gpu.errors import CallFailed
 from perseus_core.runtime.clock.cycle_counting import CycleCounting
@@ -89,8 +90,8 @@ def measure_latency(bench: Bench) -> Latency:
             if not seen.times_s and seen.num_unseen >= _MOST_UNSEEN:
                 break
             _hold(clock, low, seen)
-            _change(bench, clock, counting, (low, high), seen)
-            _change(bench, clock, counting, (high, low), seen)
+            if _change(bench, clock, counting, (low, high), seen):
+                _change(bench, clock, counting, (high, low), seen)
     ups = [time_s for (before, after), of_pair in seen.times_s.items() if after > before for time_s in of_pair]
     downs = [time_s for (before, after), of_pair in seen.times_s.items() if after < before for time_s in of_pair]
     if counting.failure is not None:
@@ -123,16 +124,14 @@ def _median(seen: _Seen, before: int, after: int) -> float:
 
 
 def _hold(clock: SettableClock, clock_mhz: int, seen: _Seen) -> None:
-    """Until it is in force, as far as was seen until now."""
-    try:
-        clock.lock(clock_mhz)
-    except CallFailed:
-        seen.num_failed += 1
+    """Locks a clock and waits until it is in force, as far as was seen until now."""
+    hold(clock, clock_mhz)
     known_s = [time_s for of_pair in seen.times_s.values() for time_s in of_pair]
     time.sleep(_SETTLE_S + (max(known_s) if known_s else 0.5))
 
 
-def _change(bench: Bench, clock: SettableClock, counting: CycleCounting, pair: tuple[int, int], seen: _Seen) -> None:
+def _change(bench: Bench, clock: SettableClock, counting: CycleCounting, pair: tuple[int, int], seen: _Seen) -> bool:
+    """Asks for the second clock of a pair, the first being in force; returns whether that one is in force now."""
     _, after = pair
     with bench.events.between_iterations():
         counting.begin()
@@ -142,16 +141,17 @@ def _change(bench: Bench, clock: SettableClock, counting: CycleCounting, pair: t
         change, registered_s = _watch(clock, counting, pair, asked_s)
     except CallFailed:
         seen.num_failed += 1
-        return
+        return False
     finally:
         counting.end()
     if change is None:
         seen.num_unseen += 1
-        return
+        return False
     seen.times_s.setdefault(pair, []).append(change)
     if registered_s is not None:
         seen.lags_s.append(registered_s - change)
     time.sleep(_SETTLE_S)
+    return True
 
 
 def _watch(
@@ -164,9 +164,10 @@ def _watch(
     until_s = asked_s + _LIMIT_S
     while time.monotonic() < until_s and (change is None or registered_s is None):
         if registered_s is None:
-            told_mhz = clock.sm_clock_mhz()
-            if abs(told_mhz - after) < abs(told_mhz - before):
-                registered_s = time.monotonic() - asked_s
+            with suppress(CallFailed):
+                told_mhz = clock.sm_clock_mhz()
+                if abs(told_mhz - after) < abs(told_mhz - before):
+                    registered_s = time.monotonic() - asked_s
         if change is None:
             seen = counting.seen(asked_s, after / before)
             if seen is not None and seen.is_up == (after > before):

@@ -6,7 +6,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from perseus_core.commands.measurement.bench import Bench, own_clocks
+from perseus_core.commands.measurement.bench import Bench, hold, own_clocks
 from perseus_core.commands.measurement.load import busy
 from perseus_core.commands.measurement.results import Verdict, standing
 from perseus_core.gpu.device import ThrottleReason
@@ -79,7 +79,7 @@ def measure_plateau(bench: Bench) -> Plateau:
 
 def _time_at(bench: Bench, clock: SettableClock, clock_mhz: int, duration_s: float, capped: set[int]) -> float:
     """The median time of a pulse [s], once the clock is in force."""
-    clock.lock(clock_mhz)
+    hold(clock, clock_mhz)
     settled_s = time.monotonic() + bench.settle_s
     while time.monotonic() < settled_s:
         bench.load.pulse()

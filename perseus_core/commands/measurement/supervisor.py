@@ -149,7 +149,7 @@ def _worker(
 ) -> Iterator[Callable[[float], dict[str, Any] | None]]:
     """Inside it works; gives what waits so many seconds for its next answer (None: there is none)."""
     reading, writing = os.pipe()
-    request = {"steps": names, "step_s": step_s, "known": known, "answer_to": writing}
+    request = {"steps": names, "step_s": step_s, "known": known, "answer_to": writing, "parent": os.getpid()}
     root = str(Path(perseus_core.__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-m", "perseus_core.commands.measurement.worker", json.dumps(request)],

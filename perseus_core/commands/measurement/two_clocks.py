@@ -8,7 +8,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from perseus_core.commands.measurement.bench import Bench, own_clocks
+from perseus_core.commands.measurement.bench import Bench, hold, own_clocks
 from perseus_core.commands.measurement.results import NotMeasured, Verdict, standing
 from perseus_core.planning.switching import USUAL_JITTER_S, Switching
 from perseus_core.runtime.clock.controller import ClockController
@@ -71,7 +71,7 @@ def measure_two_clocks(bench: Bench) -> TwoClocks:
     with own_clocks([bench.device]) as (clock,):
         each_s = {}
         for clock_mhz in (higher_mhz, lower_mhz):
-            clock.lock(clock_mhz)
+            hold(clock, clock_mhz)
             time.sleep(bench.settle_s)
             each_s[clock_mhz] = _time_of_pulse_s(bench)
     if each_s[lower_mhz] < _LONGER * each_s[higher_mhz]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from perseus_core.commands.measurement.bench import Bench
 from perseus_core.commands.measurement.load import busy
 from perseus_core.commands.measurement.results import NotMeasured, Verdict, ms, standing
+from perseus_core.runtime.patience import patiently
 
 _SHORTEST_S = 0.3
 _SAME = 0.03
@@ -64,7 +65,7 @@ def measure_unlocked(bench: Bench) -> Unlocked:
         first = len(pulses)
         until_s = time.monotonic() + max(_SHORTEST_S, bench.step_s / 8)
         while time.monotonic() < until_s or len(pulses) < first + 4:
-            clocks_mhz.append(bench.device.sm_clock_mhz())
+            clocks_mhz.append(patiently(bench.device.sm_clock_mhz))
             time.sleep(0.01)
     return Unlocked(statistics.median(pulse.time_s for pulse in pulses[first:]), statistics.median(clocks_mhz))
 

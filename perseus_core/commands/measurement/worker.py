@@ -22,12 +22,14 @@ def main(arguments: str) -> None:
     """Does the steps of a request.
 
     Args:
-        arguments: JSON: `steps`, `step_s`, `known`, and the descriptor `answer_to`.
+        arguments: JSON: `steps`, `step_s`, `known`, the descriptor `answer_to`, and the process `parent`.
     """
     # Whoever started us is gone: so are we, and the clocks' watchdog gives them back.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent's business
     request = json.loads(arguments)
+    if os.getppid() != request["parent"]:
+        return  # gone before we could say that we go with it
     known: dict[str, Any] = request["known"]
     with os.fdopen(request["answer_to"], "w", encoding="utf-8") as answers:
 
