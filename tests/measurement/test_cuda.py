@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from perseus_core.commands.measurement import cuda_probe
 from perseus_core.commands.measurement.bench import Bench
 from perseus_core.commands.measurement.cuda_load import CudaLoad, cuda_load_and_events
-from perseus_core.commands.measurement.cuda_marks import Anchors, Captures, measure_marks
 from perseus_core.commands.measurement.load import ALL_REDUCE, LAUNCHES, MATRIX_PRODUCTS, busy
 from perseus_core.commands.measurement.results import Standing
+from perseus_core.commands.measurement.steps import cuda_probe
+from perseus_core.commands.measurement.steps.cuda_marks import Anchors, Captures, measure_marks
 from perseus_core.errors import PerseusError
 from perseus_core.runtime import cuda_driver
 from perseus_core.runtime.cuda_driver import CudaDriver

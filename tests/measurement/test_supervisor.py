@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from perseus_core.commands.measurement.results import Standing
-from perseus_core.commands.measurement.steps import STEPS_BY_NAME
+from perseus_core.commands.measurement.step_list import STEPS_BY_NAME
 from perseus_core.commands.measurement.supervisor import GIVEN_BACK, Measured, TimeLimits, measure
 from perseus_core.gpu import simulated
 from perseus_core.gpu.discovery import visible_devices

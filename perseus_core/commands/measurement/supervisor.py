@@ -18,7 +18,7 @@ from typing import Any
 
 import perseus_core
 from perseus_core.commands.measurement.results import Standing
-from perseus_core.commands.measurement.steps import LAST_STEP, STEPS, Step
+from perseus_core.commands.measurement.step_list import LAST_STEP, STEPS, Step
 from perseus_core.gpu.device import Device
 from perseus_core.gpu.errors import GpuError
 from perseus_core.runtime.clock.clock_owner import claim_clock

@@ -12,7 +12,7 @@ from typing import Any
 
 from perseus_core.commands.measurement.bench import Bench, open_bench
 from perseus_core.commands.measurement.results import NotMeasured, Standing
-from perseus_core.commands.measurement.steps import STEPS_BY_NAME
+from perseus_core.commands.measurement.step_list import STEPS_BY_NAME
 from perseus_core.errors import PerseusError
 
 _PR_SET_PDEATHSIG = 1

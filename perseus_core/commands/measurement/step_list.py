@@ -6,19 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from perseus_core.commands.measurement.bench import Bench
-from perseus_core.commands.measurement.call_price import measure_prices
-from perseus_core.commands.measurement.counter import measure_counter
-from perseus_core.commands.measurement.cuda_marks import measure_anchors, measure_captures, measure_marks
-from perseus_core.commands.measurement.holding import measure_holding
-from perseus_core.commands.measurement.latency import measure_latency
-from perseus_core.commands.measurement.lateness import measure_lateness
-from perseus_core.commands.measurement.lock_call import measure_lock_calls
-from perseus_core.commands.measurement.plateau import measure_plateau
-from perseus_core.commands.measurement.reads import measure_reads
 from perseus_core.commands.measurement.results import Result
-from perseus_core.commands.measurement.two_clocks import measure_two_clocks
-from perseus_core.commands.measurement.unlocked import measure_as_before, measure_unlocked
-from perseus_core.commands.measurement.waiting_power import measure_waiting_power
+from perseus_core.commands.measurement.steps.call_price import measure_prices
+from perseus_core.commands.measurement.steps.counter import measure_counter
+from perseus_core.commands.measurement.steps.cuda_marks import measure_anchors, measure_captures, measure_marks
+from perseus_core.commands.measurement.steps.holding import measure_holding
+from perseus_core.commands.measurement.steps.latency import measure_latency
+from perseus_core.commands.measurement.steps.lateness import measure_lateness
+from perseus_core.commands.measurement.steps.lock_call import measure_lock_calls
+from perseus_core.commands.measurement.steps.plateau import measure_plateau
+from perseus_core.commands.measurement.steps.reads import measure_reads
+from perseus_core.commands.measurement.steps.two_clocks import measure_two_clocks
+from perseus_core.commands.measurement.steps.unlocked import measure_as_before, measure_unlocked
+from perseus_core.commands.measurement.steps.waiting_power import measure_waiting_power
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _require_cuda(bench: Bench) -> None:
 
 
 def _probe(what: str, duration_s: float, **environment: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "perseus_core.commands.measurement.cuda_probe", what, f"{duration_s:g}"]
+    command = [sys.executable, "-m", "perseus_core.commands.measurement.steps.cuda_probe", what, f"{duration_s:g}"]
     try:
         answer = subprocess.run(
             command,

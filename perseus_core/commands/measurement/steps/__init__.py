@@ -1,0 +1,1 @@
+"""The steps of the measurement, a file each; `step_list` has them in order."""
