@@ -12,7 +12,7 @@ from perseus_core.commands.measurement.bench import Bench, open_bench
 from perseus_core.commands.measurement.load import MATRIX_PRODUCTS, Load, Pulse
 from perseus_core.commands.measurement.results import NotMeasured, Standing
 from perseus_core.commands.measurement.step_list import STEPS, STEPS_BY_NAME, Step
-from perseus_core.commands.measurement.steps.call_price import measure_prices
+from perseus_core.commands.measurement.steps.call_price import Price, harmless_rate, measure_prices
 from perseus_core.commands.measurement.steps.counter import measure_counter
 from perseus_core.commands.measurement.steps.holding import measure_holding
 from perseus_core.commands.measurement.steps.latency import measure_latency
@@ -245,6 +245,26 @@ def test_calls_that_hold_up_work(machine: Machine) -> None:
     assert worst.called_per_s > 45
     assert worst.slower > 0.08, "3 ms in each 20 ms"
     assert found.harmless_per_s < 50
+
+
+def prices_of(slower: dict[int, tuple[float, float]], **changes: float) -> list[Price]:
+    """By rate: how much slower work was, and the standard error of that."""
+    return [
+        replace(Price("products", 1, rate, float(rate), 0.0, *found), **(changes if rate == max(slower) else {}))
+        for rate, found in slower.items()
+    ]
+
+
+def test_calls_are_harmless_only_where_that_is_shown() -> None:
+    """Noise is no proof, and one long delay in a few pulses is no noise; what many calls cost tells of few."""
+    quiet = {1: (0.0, 0.001), 10: (0.001, 0.001), 50: (0.004, 0.001)}
+    assert harmless_rate(prices_of(quiet)) == 50
+    assert harmless_rate(prices_of({**quiet, 1: (0.01, 0.025)})) == 50
+    assert harmless_rate(prices_of({**quiet, 50: (0.03, 0.002)})) == 10
+    assert harmless_rate(prices_of({**quiet, 50: (0.113, 0.112), 10: (0.0, 0.02)})) == 1
+    assert harmless_rate(prices_of({1: (0.03, 0.02), 10: (0.1, 0.1)})) == 0
+    assert harmless_rate(prices_of(quiet, called_per_s=30.0)) == 10
+    assert harmless_rate(prices_of(quiet, calling_share=0.6)) == 10
 
 
 def test_a_clock_that_was_not_given_back(machine: Machine) -> None:
