@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from perseus_core.errors import InputError
 from perseus_core.gpu.simulated import SimulatedNode, WorkEmulator, create_node, read_clock_requests, read_executed
+from perseus_core.gpu.simulated.execution_log import ExecutionLog
 from perseus_core.planning.schedule import Kind
 
 from .conftest import FORWARD_S, POWER_W
@@ -166,3 +169,19 @@ def test_an_instruction_the_profile_lacks_is_refused(node: SimulatedNode) -> Non
     """With what is missing."""
     with pytest.raises(InputError, match="no backward_weight of stage 0, chunk 0"):
         WorkEmulator(node, 0).work(Kind.BACKWARD_WEIGHT)
+
+
+def test_many_threads_write_the_first_lines_of_the_log_at_once(tmp_path: Path) -> None:
+    """None of them before the file is open, and no line is lost."""
+    for trial in range(50):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        log, begin = ExecutionLog(folder, enabled=True), threading.Barrier(4)
+
+        def write(gpu: int, log: ExecutionLog = log, begin: threading.Barrier = begin) -> None:
+            begin.wait()
+            log.clock_request(gpu, 0.0, None)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(write, range(4)))
+        assert len((folder / f"{os.getpid()}.jsonl").read_text().splitlines()) == 4

@@ -200,8 +200,8 @@ def give_back(devices: Sequence[Device]) -> Measured:
             finally:
                 claim.release()
             del failures[device.uuid]
-        except GpuError as error:
-            failures[device.uuid] = str(error)
+        except Exception as error:  # whatever it is, the page must say that the clock may still be locked
+            failures[device.uuid] = str(error) if isinstance(error, GpuError) else repr(error)
 
     begin_s = time.monotonic()
     threads = [threading.Thread(target=reset, args=(device,), daemon=True) for device in devices]

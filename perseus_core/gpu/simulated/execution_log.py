@@ -89,10 +89,11 @@ class ExecutionLog:
             self._append({"clock_request": vars(ClockRequest(gpu, time_s, clock_mhz, os.getpid()))})
 
     def _append(self, entry: dict[str, object]) -> None:
-        if self._pid != os.getpid():  # first use, or a forked child
-            self._pid = os.getpid()
+        pid = os.getpid()
+        if self._pid != pid:  # first use, or a forked child
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self._descriptor = os.open(self._folder / f"{self._pid}.jsonl", flags, 0o666)
+            self._descriptor = os.open(self._folder / f"{pid}.jsonl", flags, 0o666)
+            self._pid = pid  # last: another thread that sees it writes at once
         os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
 
 
