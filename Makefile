@@ -32,7 +32,7 @@ compare: $(READY)
 
 # Two processes: one for what is tested in real time, one for the rest (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -232,7 +232,7 @@ class RankZero:
             applied = self._plans.pop(conclusions.applied).summary
             if decisions.baseline is not None and applied.num_microbatches == decisions.baseline.num_microbatches:
                 plans = (applied,)  # plans for other numbers of microbatches were made from older measurements
-                decisions.begin_watching(applied)
+                conclusions.out_of_reach = decisions.begin_watching(applied)
             else:
                 others = (plan for plan in plans if plan.num_microbatches != applied.num_microbatches)
                 plans = (*others, applied)

@@ -18,10 +18,10 @@ from perseus_core.runtime.ranks.speed_watch import SlowRank
 # A GPU that comes and goes is not reported every time.
 _SAY_AGAIN_AFTER = 50
 _MOST_ITERATIONS = 1000
-
-
 # What would be saved besides is told from here on, as a share.
 _TOLD = 0.002
+_FASTER_WITHOUT = "without a plan iterations are faster"
+_OUT_OF_REACH = "no plan keeps what is allowed with what was seen"
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,12 @@ class Reporter:
             elif decisions.phase is Phase.MEASURE_ONLY and decisions.measures_only:
                 say("measuring only: %s", _in_words(baseline))
             elif decisions.phase is Phase.MEASURE_ONLY and not conclusions.aside:
-                warn("without a plan iterations are faster: clocks are left to the driver from now on")
+                why = _OUT_OF_REACH if conclusions.out_of_reach else _FASTER_WITHOUT
+                warn("%s: clocks are left to the driver from now on", why)
         if conclusions.slow_rank is not None:
             self._tell_slow(conclusions.slow_rank)
+        if conclusions.disobeying is not None:
+            self._tell_disobeying(conclusions.disobeying)
         for verdict in conclusions.verdicts:
             self._judge(decisions, verdict, plan)
         if conclusions.phase_changed and decisions.phase is Phase.COLLECT and order.plans:
@@ -184,6 +187,16 @@ class Reporter:
             slow.seen_s,
             slow.expected_s,
             "; power or heat holds its clock down" if slow.throttled else "",
+        )
+
+    def _tell_disobeying(self, slow: SlowRank) -> None:
+        self._announcer.warn_once(
+            f"disobeying {slow.rank}",
+            "stage %d (rank %d) does not run at the clocks that it is asked for, or is disturbed there: its "
+            "instructions take %.0f %% longer than expected, and no longer than before where the driver chooses",
+            slow.stage,
+            slow.rank,
+            100 * slow.slowness,
         )
 
     def _judge(self, decisions: Decisions, verdict: Verdict, plan: PlanSummary | None) -> None:

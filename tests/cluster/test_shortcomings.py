@@ -129,3 +129,31 @@ def test_a_clock_that_is_not_obeyed_is_named() -> None:
         cluster.run_iterations(90)
         assert "does not obey" in cluster.log_text
         assert late(cluster, after=-20) < 0.01
+
+
+def test_a_gpu_that_does_not_go_up_to_its_clock_is_named_and_all_step_back() -> None:
+    """No plan can be made for it: twice some iterations are late, and no more."""
+    with job() as cluster:
+        while "plan applied" not in cluster.log_text:
+            cluster.run_iterations(1)
+        begin = cluster.job.num_ended
+        gpu = cluster.ranks[2].gpu
+        gpu.disobeyed_mhz = frozenset(clock for clock in gpu.model.clocks_mhz if clock > 1000)
+        cluster.run_iterations(60)
+        assert "stage 2 (rank 2) does not run at the clocks that it is asked for" in cluster.log_text
+        assert "left to the driver" in cluster.log_text
+        times_s = cluster.iteration_times_s()
+        baseline_s = statistics.median(times_s[3:8])
+        assert sum(time_s > 1.02 * baseline_s for time_s in times_s[begin:]) <= 25
+        assert late(cluster, after=-20) < 0.01
+
+
+def test_a_highest_clock_that_is_not_obeyed_costs_little_and_not_for_long() -> None:
+    """A plan that is late, corrected by what was seen, would be late still: it never runs."""
+    with job() as cluster:
+        gpu = cluster.ranks[2].gpu
+        gpu.disobeyed_mhz = frozenset(gpu.model.clocks_mhz[:1])
+        cluster.run_iterations(90)
+        assert cluster.log_text.count("plan applied") == 1
+        assert "no plan keeps what is allowed with what was seen" in cluster.log_text
+        assert late(cluster, after=-20) < 0.002

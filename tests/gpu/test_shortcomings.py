@@ -182,9 +182,24 @@ def test_every_error_of_the_driver_comes_and_goes(make_gpu: MakeGpu, code: Code)
         except pynvml.NVMLError as error:
             failed.append(call)
             assert error.value == code
-            assert str(error) == pynvml.nvmlErrorString(code) or str(error)
+            told_by_driver = pynvml.nvmlErrorString(code)
+            assert str(error) == pynvml.NVMLError._errcode_to_string.get(code, told_by_driver)
     assert failed == [2, 5]
     pynvml.nvmlDeviceGetPowerUsage(pynvml.nvmlDeviceGetHandleByIndex(1))
+
+
+def test_the_driver_says_what_its_errors_mean(make_gpu: MakeGpu) -> None:
+    """As a real one does; of what is no code, too."""
+    pynvml, _, _ = make_gpu()
+    told = {code: pynvml.nvmlErrorString(code) for code in (10, 15, 16, 18, 999, 12345)}
+    assert told == {
+        10: "Timeout",
+        15: "GPU is lost",
+        16: "GPU requires reset",
+        18: "Driver/library version mismatch",
+        999: "Unknown Error",
+        12345: "Unknown Error",
+    }
 
 
 def test_a_tensor_parallel_group_ends_an_instruction_together(make_gpu: MakeGpu) -> None:

@@ -33,6 +33,9 @@ _REMEMBERED_ITERATIONS = 1000
 _YOUNG_INTERLUDES = 3
 # A correction that leaves more than this share of what a plan was late has not helped; another would not either.
 _HARDLY_LESS = 0.5
+# A GPU that is slow at set clocks only is disturbed, or does not obey: the second time within so many iterations it is
+# no disturbance.
+_DISTURBED_ITERATIONS = 50
 # Ranks end their training within so many iterations of each other.
 ENDING_ITERATIONS = 16
 
@@ -62,6 +65,8 @@ class Conclusions:
         collect_now: all ranks have put their measurements into the store.
         applied: number of the plan that all ranks run from `Decisions.from_iteration` on; 0 for none.
         slow_rank: a GPU has become slower than its profile.
+        disobeying: a GPU is slower than its profile, but not where its clock is left to the driver.
+        out_of_reach: no plan keeps what is allowed on GPUs as they were seen, so clocks are left to the driver.
         wanted_microbatches: iterations of so many microbatches come often and have no plan; 0 for none.
         verdicts: of the plan that runs, in order.
         aside: ranks because of which all stop.
@@ -71,6 +76,8 @@ class Conclusions:
     collect_now: bool = False
     applied: int = 0
     slow_rank: SlowRank | None = None
+    disobeying: SlowRank | None = None
+    out_of_reach: bool = False
     wanted_microbatches: int = 0
     verdicts: tuple[Verdict, ...] = ()
     aside: tuple[int, ...] = ()
@@ -140,6 +147,7 @@ class Decisions:
         self._cool_iterations = 0
         self._cool_patience = 10
         self._is_speed_corrected = False
+        self._disobeyed = -math.inf  # in which iteration a GPU was last seen to
 
     @property
     def measures_only(self) -> bool:
@@ -190,8 +198,12 @@ class Decisions:
         conclusions.phase_changed = self.phase is not before
         return conclusions
 
-    def begin_watching(self, plan: PlanSummary) -> None:
-        """The plan that was applied last is the one to be judged."""
+    def begin_watching(self, plan: PlanSummary) -> bool:
+        """The plan that was applied last is the one to be judged, or, where it cannot keep what is allowed, given up.
+
+        Returns:
+            Whether it is given up.
+        """
         # In its first iteration clocks may still change.
         from_iteration = self.from_iteration + 1
         self._watch = PlanWatch(plan, self._limits.watch_iterations, from_iteration)
@@ -199,6 +211,10 @@ class Decisions:
         self._speeds.forget()
         self._others.clear()
         self._cool_iterations = 0
+        if self.reason is Reason.SLOWER and plan.promised_time_s > plan.limit_time_s * (1 + self._limits.tolerance):
+            self._step_back(self.from_iteration)
+            return True
+        return False
 
     def step_aside(self) -> None:
         """Something failed: the job goes on without us."""
@@ -239,12 +255,15 @@ class Decisions:
         time_s = float(times["span_s"][self._of_first_stage].max())
         self._cool_iterations = 0 if times["throttled"].any() else self._cool_iterations + 1
         if self.phase is Phase.WARM_UP:
-            self._note_baseline(iteration, num_microbatches, time_s)
+            self._note_baseline(iteration, num_microbatches, time_s, times["seen_s"])
         if self.baseline is not None and num_microbatches == self.baseline.num_microbatches:
             self._time_of[iteration] = time_s
             self._forget_old(self._time_of, iteration)
         self._newest = iteration
         if self._is_unplanned(iteration):
+            is_settled = self.from_iteration < iteration < self.interlude_until
+            if is_settled and self.baseline is not None and num_microbatches == self.baseline.num_microbatches:
+                self._speeds.note_unlocked(times["seen_s"])
             return
         if self._watch is None or iteration >= self._watch.from_iteration:
             slow = self._speeds.note(iteration, times["seen_s"], times["expected_s"], times["throttled"])
@@ -261,15 +280,17 @@ class Decisions:
         if count == _OFTEN:
             conclusions.wanted_microbatches = num_microbatches
 
-    def _note_baseline(self, iteration: int, num_microbatches: int, time_s: float) -> None:
+    def _note_baseline(self, iteration: int, num_microbatches: int, time_s: float, seen_s: NDArray[np.float32]) -> None:
         if num_microbatches != self._baseline_microbatches:
             self._baseline_microbatches = num_microbatches
             self._baseline_iterations.clear()
+            self._speeds.forget_unlocked()
             self._num_skipped = 0
         if self._num_skipped < self._limits.warmup_iterations:
             self._num_skipped += 1
         elif len(self._baseline_iterations) < self._limits.baseline_iterations:
             self._baseline_iterations[iteration] = time_s
+            self._speeds.note_unlocked(seen_s)
 
     # What follows
 
@@ -299,7 +320,7 @@ class Decisions:
         elif self.phase is Phase.RUN:
             self._react(soonest, conclusions)
         elif self.phase is Phase.INTERLUDE and self._newest >= self.interlude_until - 1:
-            self._end_interlude(soonest)
+            self._end_interlude(soonest, conclusions)
 
     def _apply_what_arrived(self, soonest: int, offered: int, conclusions: Conclusions) -> None:
         if self.phase in (Phase.SOLVE, Phase.RUN) and offered > self.plan and (self._table.received == offered).all():
@@ -308,6 +329,7 @@ class Decisions:
 
     def _end_warm_up(self, soonest: int, conclusions: Conclusions) -> None:
         self.baseline = self._measured_baseline()
+        self._speeds.end_unlocked()
         if self._limits.measure_only:
             self._enter(Phase.MEASURE_ONLY, soonest)
         elif not self._can_lock:
@@ -343,13 +365,25 @@ class Decisions:
         """Whether an iteration belongs to the interlude, or to the way back from it."""
         return self.phase is Phase.INTERLUDE and self.from_iteration <= iteration <= self.interlude_until
 
-    def _end_interlude(self, soonest: int) -> None:
+    def _end_interlude(self, soonest: int, conclusions: Conclusions) -> None:
         unplanned = [i for i in range(self.from_iteration + 1, self.interlude_until) if i in self._time_of]
         self._enter(Phase.RUN, self.interlude_until)  # as it does already
         self._interlude_ended = self.interlude_until
         assert self._watch is not None, "a plan was judged"
         if self._speeds.has_changed:  # before the interlude, and nobody has reacted yet
             self._take_speed_change()
+        self._speeds.end_unlocked()
+        if self._interlude_for is Reason.RECOVERED and not self._speeds.may_be_faster_unlocked:
+            self._interlude_for, self._is_speed_corrected = None, True
+        disobeying = self._speeds.slow_at_set_clocks_only() if self._interlude_for is Reason.SPEED_CHANGED else None
+        if disobeying is not None:
+            self._interlude_for, self._is_speed_corrected = None, False
+            is_first, self._disobeyed = self._newest > self._disobeyed + _DISTURBED_ITERATIONS, self._newest
+            if is_first:
+                self._speeds.react_soon()
+                self._watch.pass_over_interlude()
+                return
+            conclusions.disobeying = disobeying
         if unplanned:
             if self._interlude_for is not None:
                 self._watch.interludes.clear()  # GPUs were faster, or slower, then

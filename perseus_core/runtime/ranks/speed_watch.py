@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 # itself says that it is held down fewer will do than where anything may have disturbed it.
 _REACTION_ITERATIONS = 3
 _UNEXPLAINED_FACTOR = 3
+# As a share; what is so much slower is no disturbance, or costs too much to wait and see.
+_FAR_SLOWER = 0.15
 _MOST_REACTION_ITERATIONS = 200
 # Ranks of a stage that differ by less are as slow as each other, as a share.
 _AS_SLOW = 0.02
@@ -43,7 +45,7 @@ class SlowRank:
 
 
 class SpeedWatch:
-    """Compares every rank's speed with what is expected of it, iteration by iteration.
+    """Compares every rank's speed with what is expected of it, and, while nobody sets clocks, with what it was before.
 
     Attributes:
         has_changed: a stage has been slower, or faster, than expected for some iterations in a row.
@@ -62,7 +64,11 @@ class SpeedWatch:
         self._num_stages = int(stages.max()) + 1
         self._streaks = np.zeros(self._num_stages, np.int64)
         self._flagged = np.zeros(len(stages), bool)
+        self._newest: SlowRank | None = None
         self._patience = _REACTION_ITERATIONS
+        self._unlocked: list[NDArray[np.float64]] = []
+        self._unlocked_before: NDArray[np.float64] | None = None
+        self._unlocked_ratio: NDArray[np.float64] | None = None
 
     @property
     def slow_ranks(self) -> tuple[int, ...]:
@@ -88,7 +94,7 @@ class SpeedWatch:
         explained = np.zeros(self._num_stages, bool)
         explained[self._stages[held]] = True
         self._streaks = np.where(np.abs(of_stage) > self._threshold, self._streaks + 1, 0)
-        patience = self._patience * np.where(explained, 1, _UNEXPLAINED_FACTOR)
+        patience = self._patience * np.where(explained | (of_stage > _FAR_SLOWER), 1, _UNEXPLAINED_FACTOR)
         self.has_changed = bool((self._streaks >= patience).any())
         slowest = int(slowness.argmax())
         # Tensor-parallel ranks end together with the slowest of them: the one whose GPU says why is meant.
@@ -96,10 +102,10 @@ class SpeedWatch:
         as_slow &= slowness > self._threshold
         if (as_slow & held).any():
             slowest = int((as_slow & held).argmax())
-        if slowness[slowest] <= self._threshold or self._flagged[slowest]:
+        if slowness[slowest] <= self._threshold:
+            self._newest = None
             return None
-        self._flagged[slowest] = True
-        return SlowRank(
+        self._newest = SlowRank(
             slowest,
             int(self._stages[slowest]),
             iteration,
@@ -107,6 +113,10 @@ class SpeedWatch:
             float(expected[slowest]),
             bool(held[slowest]),
         )
+        if self._flagged[slowest]:
+            return None
+        self._flagged[slowest] = True
+        return self._newest
 
     def skip(self) -> None:
         """An iteration that tells nothing."""
@@ -118,7 +128,46 @@ class SpeedWatch:
         self._patience = min(2 * self._patience, _MOST_REACTION_ITERATIONS)
         self.skip()
 
+    def react_soon(self) -> None:
+        """If it happens again, something must be done about it at once."""
+        self._patience = _REACTION_ITERATIONS
+
     def forget(self) -> None:
         """What is expected has changed."""
         self.skip()
         self._flagged[:] = False
+        self._newest = None
+
+    # While nobody sets clocks
+
+    def note_unlocked(self, seen_s: ArrayLike) -> None:
+        """Takes in the sums of durations of an iteration in which drivers chose the clocks."""
+        self._unlocked.append(np.asarray(seen_s, float))
+
+    def forget_unlocked(self) -> None:
+        """These iterations cannot be compared with others."""
+        self._unlocked.clear()
+
+    def end_unlocked(self) -> None:
+        """A plan, or a sweep, follows: what was taken in is compared with what was taken in before the last one."""
+        if not self._unlocked:
+            self._unlocked_ratio = None
+            return
+        now, before = np.median(self._unlocked, axis=0), self._unlocked_before
+        is_known = (now > 0) & (False if before is None else before > 0)
+        self._unlocked_ratio = None if before is None or not is_known.all() else now / before
+        self._unlocked_before = now
+        self._unlocked.clear()
+
+    def slow_at_set_clocks_only(self) -> SlowRank | None:
+        """The slowest rank, where nothing holds its clock down and it was as fast as before when nobody set it."""
+        slow, ratio = self._newest, self._unlocked_ratio
+        if slow is None or slow.throttled or ratio is None:
+            return None
+        is_as_before = abs(ratio[slow.rank] - 1) <= min(self._threshold, slow.slowness / 2)
+        return slow if is_as_before else None
+
+    @property
+    def may_be_faster_unlocked(self) -> bool:
+        """Whether a rank was faster than before when nobody set clocks, or nobody knows."""
+        return self._unlocked_ratio is None or bool((self._unlocked_ratio < 1 - self._threshold / 2).any())

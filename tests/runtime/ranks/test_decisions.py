@@ -98,7 +98,7 @@ class Job:
 
     def warm_up(self) -> None:
         for _ in range(3):
-            self.iterate()
+            self.iterate(seen_s=1.0)
 
     def collect(self) -> Conclusions:
         """All ranks put their measurements into the store."""
@@ -510,6 +510,71 @@ def test_a_gpu_that_has_cooled_down_is_tried_again() -> None:
     for _ in range(16):
         job.iterate()
     assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.RECOVERED)
+
+
+def test_a_gpu_that_is_as_slow_as_before_without_a_plan_has_not_recovered() -> None:
+    """No plan is made for it; it is looked at again."""
+    job = profiled_job()
+    for _ in range(3):
+        job.iterate(seen_s=1.3, expected_s=1.0, throttled=True)
+    job.interlude(seen_s=1.3, throttled=True)
+    job.collect()
+    job.run_plan(2)
+    num_interludes = 0
+    for _ in range(60):
+        was = job.decisions.phase
+        job.iterate(seen_s=1.3, expected_s=1.3 if was is Phase.RUN else 0.0)
+        num_interludes += was is not job.decisions.phase is Phase.INTERLUDE
+        assert job.decisions.phase in (Phase.RUN, Phase.INTERLUDE)
+    assert num_interludes >= 2
+    for _ in range(60):
+        if job.decisions.phase is Phase.COLLECT:
+            break
+        job.iterate(seen_s=1.0, expected_s=1.0 if job.decisions.phase is Phase.RUN else 0.0)
+    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.RECOVERED)
+
+
+def disobeying(rank: int, told: Told) -> Told:
+    """Rank 1 takes longer than its clocks should, and so does the iteration."""
+    return told._replace(span_s=1.3, seen_s=1.3 if rank == 1 else 1.0, expected_s=1.0)
+
+
+def job_that_disobeys() -> Job:
+    """Slow at set clocks for three iterations, and as fast as ever without a plan."""
+    job = profiled_job()
+    for _ in range(3):
+        assert job.decisions.phase is Phase.RUN
+        job.iterate(disobeying)
+    assert job.interlude(seen_s=1.0).disobeying is None
+    return job
+
+
+def test_a_gpu_that_was_disturbed_changes_no_plan() -> None:
+    """Nothing has changed if it is as fast as before where nobody sets its clock."""
+    job = job_that_disobeys()
+    job.iterate(disobeying)
+    for _ in range(100):
+        job.iterate(seen_s=1.0, expected_s=1.0 if job.decisions.phase is Phase.RUN else 0.0)
+        assert job.decisions.phase in (Phase.RUN, Phase.INTERLUDE)
+    assert job.decisions.plan == 1
+
+
+def test_a_gpu_that_does_not_obey_is_named_and_its_plan_is_corrected_or_given_up() -> None:
+    """What is seen again at once was no disturbance."""
+    job = job_that_disobeys()
+    while job.decisions.phase is Phase.RUN:
+        job.iterate(disobeying)
+    conclusions = job.interlude(seen_s=1.0)
+    assert conclusions.disobeying is not None
+    assert conclusions.disobeying.rank == 1
+    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.SLOWER)
+    job.collect()
+    job.offered = 2
+    job.change_state(received=2)
+    assert job.conclude().applied == 2
+    slower = replace(plan(2), promised_time_s=1.2)
+    assert job.decisions.begin_watching(slower), "it promises more than is allowed"
+    assert (job.decisions.phase, job.decisions.plan) == (Phase.MEASURE_ONLY, 0)
 
 
 def test_one_rank_that_has_given_up_stops_all() -> None:

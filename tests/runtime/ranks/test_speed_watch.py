@@ -79,10 +79,11 @@ def test_where_nothing_is_expected_nobody_is_slow() -> None:
 
 
 def test_three_iterations_in_a_row_are_enough_where_the_gpu_says_why() -> None:
-    """Nine where anything may have disturbed it."""
-    assert Watched().until_changed(1.0, 1.0, 1.3, 1.0, held=2) == 3
-    assert Watched().until_changed(1.0, 1.0, 1.3, 1.0) == 9
-    assert Watched().until_changed(1.0, 1.0, 1.3, 1.0, held=0) == 9, "that one is of another stage"
+    """Nine where anything may have disturbed it, but not where that costs too much."""
+    assert Watched().until_changed(1.0, 1.0, 1.1, 1.0, held=2) == 3
+    assert Watched().until_changed(1.0, 1.0, 1.1, 1.0) == 9
+    assert Watched().until_changed(1.0, 1.0, 1.1, 1.0, held=0) == 9, "that one is of another stage"
+    assert Watched().until_changed(1.0, 1.0, 1.3, 1.0) == 3
 
 
 def test_a_stage_that_is_faster_than_expected_changes_plans_too() -> None:
@@ -146,3 +147,48 @@ def test_the_numbers_of_the_ranks_do_not_matter(story: list[tuple[list[float], i
         renumbered.note(iteration, seen[places], np.ones(4), throttled[places])
         assert watch.has_changed == renumbered.has_changed
         assert set(watch.slow_ranks) == {order[rank] for rank in renumbered.slow_ranks}
+
+
+def after_unlocked(before_s: float, now_s: float, *, planned_s: float, held: int | None = None) -> Watched:
+    """Rank 3 at clocks of the driver's, then slower or faster at set clocks, and at the driver's again."""
+    job = Watched()
+    job.watch.note_unlocked([1.0, 1.0, 1.0, before_s])
+    job.watch.end_unlocked()
+    job.note(1.0, 1.0, 1.0, planned_s, held=held)
+    for disturbed in (1.0, 1.0, 2.0):
+        job.watch.note_unlocked([1.0, 1.0, 1.0, disturbed * now_s])
+    job.watch.end_unlocked()
+    return job
+
+
+def test_a_gpu_that_is_slow_at_set_clocks_only_is_named() -> None:
+    """Not one that is slower anyhow, or that says why, or that is as fast as expected."""
+    slow = after_unlocked(1.0, 1.02, planned_s=1.3).watch.slow_at_set_clocks_only()
+    assert slow is not None and (slow.rank, slow.slowness) == (3, pytest.approx(0.3))
+    assert after_unlocked(1.0, 1.2, planned_s=1.3).watch.slow_at_set_clocks_only() is None
+    assert after_unlocked(1.0, 0.8, planned_s=1.3).watch.slow_at_set_clocks_only() is None
+    assert after_unlocked(1.0, 1.0, planned_s=1.3, held=3).watch.slow_at_set_clocks_only() is None
+    assert after_unlocked(1.0, 1.0, planned_s=1.04).watch.slow_at_set_clocks_only() is None
+
+
+def test_what_was_not_measured_without_a_plan_accuses_nobody() -> None:
+    """The first time, and where no iteration can be compared."""
+    job = Watched()
+    job.note(1.3, 1.0, 1.0, 1.0)
+    job.watch.note_unlocked([1.0] * 4)
+    job.watch.end_unlocked()
+    assert job.watch.slow_at_set_clocks_only() is None
+    assert job.watch.may_be_faster_unlocked
+    job.watch.note_unlocked([1.0] * 4)
+    job.watch.forget_unlocked()
+    job.watch.end_unlocked()
+    assert job.watch.slow_at_set_clocks_only() is None
+    job.watch.note_unlocked([1.0] * 4)
+    job.watch.end_unlocked()
+    assert job.watch.slow_at_set_clocks_only() is not None
+
+
+@pytest.mark.parametrize(("now_s", "may_be"), [(1.0, False), (1.2, False), (0.9, True)])
+def test_a_gpu_that_has_recovered_is_faster_without_a_plan(now_s: float, may_be: bool) -> None:
+    """Than it was when it was slow."""
+    assert after_unlocked(1.0, now_s, planned_s=1.0).watch.may_be_faster_unlocked is may_be
