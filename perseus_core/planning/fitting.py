@@ -13,13 +13,14 @@ things that are known beforehand take most of the noise away:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from perseus_core.planning.profile import Measurement, Profile
+from perseus_core.planning.schedule import Kind
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.intp]
@@ -33,14 +34,15 @@ _TIE_BREAK = 1e-9
 _FLAT = 1e-9
 
 
-def fit_profile(profile: Profile, *, clocks_mhz: Sequence[int] | None = None) -> Profile:
+def fit_profile(profile: Profile, *, clocks_mhz: Sequence[int] | Mapping[int, Sequence[int]] = ()) -> Profile:
     """Smooths a measured profile.
 
     Measurements count by their samples and, where given, their standard deviations, relative to the measured value.
 
     Args:
         profile: measurements, as they are.
-        clocks_mhz: clocks to add by monotone interpolation; those outside a type's measured range are left out.
+        clocks_mhz: clocks to add by monotone interpolation, the same for all stages or by stage; those outside a type's
+            measured range are left out.
 
     Returns:
         The profile with, for each type, times that never rise with the clock and are convex in it, and energies
@@ -48,14 +50,15 @@ def fit_profile(profile: Profile, *, clocks_mhz: Sequence[int] | None = None) ->
     """
     times, time_weights = _table(profile, [(m.time_s, m.time_std_s) for m in profile.measurements])
     energies, energy_weights = _table(profile, [(m.energy_j, m.energy_std_j) for m in profile.measurements])
-    families = [
-        np.array([row for row, t in enumerate(profile.types) if t.kind is kind]) for kind in sorted(profile.kinds)
-    ]
+    families = _families(profile)
 
     clocks = np.broadcast_to(_clocks(profile), times.shape)
     fitted_times = _fit_together(clocks, times, time_weights, families, _decreasing_convex_regression)
     untied_times = fitted_times * (1 - _TIE_BREAK * np.arange(times.shape[1]))
     fitted_energies = _fit_together(untied_times, energies, energy_weights, families, _convex_regression)
+
+    def of_stage(stage: int) -> Sequence[int]:
+        return clocks_mhz.get(stage, ()) if isinstance(clocks_mhz, Mapping) else clocks_mhz
 
     fitted: list[Measurement] = []
     for row, instruction_type in enumerate(profile.types):
@@ -68,8 +71,19 @@ def fit_profile(profile: Profile, *, clocks_mhz: Sequence[int] | None = None) ->
                 strict=True,
             )
         ]
-        fitted += measured + _interpolated(measured, clocks_mhz or ())
+        fitted += measured + _interpolated(measured, of_stage(instruction_type.stage))
     return Profile(tuple(fitted))
+
+
+def _families(profile: Profile) -> list[Rows]:
+    """Rows of types that are alike: of one kind, on stages with the same GPUs, as their highest clock tells."""
+    top_mhz: dict[int, int] = {}
+    for m in profile.measurements:
+        top_mhz[m.type.stage] = max(m.clock_mhz, top_mhz.get(m.type.stage, 0))
+    members: dict[tuple[Kind, int], list[int]] = {}
+    for row, t in enumerate(profile.types):
+        members.setdefault((t.kind, top_mhz[t.stage]), []).append(row)
+    return [np.array(rows) for rows in members.values()]
 
 
 def _clocks(profile: Profile) -> Array:

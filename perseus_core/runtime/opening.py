@@ -18,6 +18,7 @@ from perseus_core.runtime.job import Job
 from perseus_core.runtime.log import Announcer, Metric, logger, show_log
 from perseus_core.runtime.measure.events import EventSource, HostEvents
 from perseus_core.runtime.measure.profile_cache import ProfileCache
+from perseus_core.runtime.measure.stage_gpu import StageGpu, kind_of
 from perseus_core.runtime.patience import patiently
 from perseus_core.runtime.ranks.conversation import Conversation
 from perseus_core.runtime.ranks.records import RankState
@@ -138,11 +139,13 @@ def prepare(settings: Settings, job: Job, find_device: Callable[[], Device], thr
     measured = _measured_before(settings, device, job)
     switching = settings.switching if measured is None else measured.switching(settings)
     window_s = 0.0 if measured is None else measured.partial_window_s
-    if job.rank != 0:
-        return Prepared(device, clocks_mhz, switching=switching, counter_window_s=window_s)
-    job = replace(job, key=replace(job.key, gpu_name=device.name, power_limit_w=_power_limit_w(device)))
-    planner = _planner(settings, job, clocks_mhz, switching, threads)
-    return Prepared(device, clocks_mhz, planner=planner, switching=switching, counter_window_s=window_s)
+    limit_w = _power_limit_w(device)
+    gpu = StageGpu(kind_of(device.name, limit_w), clocks_mhz)
+    planner = None
+    if job.rank == 0:
+        job = replace(job, key=replace(job.key, gpu_name=device.name, power_limit_w=limit_w))
+        planner = _planner(settings, job, switching, threads)
+    return Prepared(device, gpu, planner=planner, switching=switching, counter_window_s=window_s)
 
 
 def visible_device(local_rank: int) -> Device:
@@ -187,15 +190,12 @@ def _measured_before(settings: Settings, device: Device, job: Job) -> GpuMeasure
     return None
 
 
-def _planner(
-    settings: Settings, job: Job, clocks_mhz: tuple[int, ...], switching: Switching, threads: SideThreads
-) -> BackgroundPlanner:
+def _planner(settings: Settings, job: Job, switching: Switching, threads: SideThreads) -> BackgroundPlanner:
     folder = cache_folder(settings)
     cache = None if folder is None else ProfileCache(folder)
     restored = load_state(settings.state_file, job.key) if settings.state_file else None
     planner = JobPlanner(
         job.schedule,
-        clocks_mhz,
         settings.pick,
         straggler_slowdown=settings.straggler_slowdown,
         switching=switching,

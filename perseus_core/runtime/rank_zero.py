@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from perseus_core.errors import PerseusError
 from perseus_core.runtime.log import Announcer, logger
+from perseus_core.runtime.measure.stage_gpu import kind_of_all
 from perseus_core.runtime.ranks.conversation import (
     FIGURES,
     NEWS,
@@ -177,6 +178,8 @@ class RankZero:
 
     def _begin(self) -> None:
         planner = self.planner
+        if planner is not None:
+            planner.take_up(self._kinds_of_stages())
         restored = None if planner is None else planner.restored
         decisions = self._decisions = Decisions(
             self._table,
@@ -186,6 +189,11 @@ class RankZero:
             has_plan=restored is not None,
         )
         self._publish(replace(self._order, phase=decisions.phase, baseline=decisions.baseline))
+
+    def _kinds_of_stages(self) -> tuple[int, ...]:
+        """The kind of GPU of each stage."""
+        kinds, stages = self._table.gpu_kind, self._table.stage
+        return tuple(kind_of_all(kinds[stages == stage].tolist()) for stage in range(int(stages.max()) + 1))
 
     def _decide(self, decisions: Decisions, now_s: float) -> None:
         self._offer_next_plan(decisions)

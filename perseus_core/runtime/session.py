@@ -25,6 +25,7 @@ from perseus_core.runtime.log import Announcer, logger
 from perseus_core.runtime.measure.events import Event, EventSource, NotRecorded
 from perseus_core.runtime.measure.meter import Meter
 from perseus_core.runtime.measure.recorder import Expectation, Record
+from perseus_core.runtime.measure.stage_gpu import UNKNOWN_GPU, StageGpu
 from perseus_core.runtime.measure.sweep import sweep_clocks
 from perseus_core.runtime.rank_zero import RankZero
 from perseus_core.runtime.ranks import records
@@ -54,7 +55,7 @@ class Prepared:
 
     Attributes:
         device: this rank's GPU; none where there is none to be had.
-        supported_clocks_mhz: of it.
+        gpu: what kind it is, and its clocks.
         why_not: without a GPU, the reason.
         planner: on rank 0, with a GPU.
         switching: what changes of clock take, until it has been measured; none for what the settings say.
@@ -62,7 +63,7 @@ class Prepared:
     """
 
     device: Device | None = None
-    supported_clocks_mhz: tuple[int, ...] = field(default=(), repr=False)
+    gpu: StageGpu = field(default=UNKNOWN_GPU, repr=False)
     why_not: str = ""
     planner: BackgroundPlanner | None = None
     switching: Switching | None = None
@@ -410,6 +411,7 @@ class Session:
             swept=self._meter.has_swept,
             straggler_slowdown=self._straggler_slowdown,
             unlocked_mhz=self._meter.unlocked_mhz,
+            gpu_kind=self._prepared.gpu.kind,
         )
 
     # Opening, and what is asked of this rank
@@ -444,7 +446,7 @@ class Session:
         self._conversation.tell_state(self._state())
 
     def _start_sweep(self) -> None:
-        supported = self._prepared.supported_clocks_mhz
+        supported = self._prepared.gpu.supported_clocks_mhz
         clocks = sweep_clocks(supported, self._settings.profile_clocks, self._order.unlocked_mhz)
         self._meter.start_sweep(supported, clocks, self._order.iterations_of_step)
 
@@ -461,7 +463,7 @@ class Session:
                 pipeline_time_s=pipeline_time_s,
                 changes=changes,
             )
-        said = said_orders(self._job, order.usual_microbatches)
+        said, gpu = said_orders(self._job, order.usual_microbatches), self._prepared.gpu
         follows = bool(said) and meter.traced == said[self._job.stage]
         return RankReport(
             rank,
@@ -469,6 +471,7 @@ class Session:
             traced=() if follows else meter.traced,
             pipeline_time_s=pipeline_time_s,
             changes=changes,
+            gpu=gpu if self._job.data_parallel_rank == 0 else StageGpu(gpu.kind),
         )
 
     # When something is wrong

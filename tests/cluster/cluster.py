@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import logging
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -121,6 +121,7 @@ class Cluster:
         schedule: Callable[[int, int], Schedule] = one_f_one_b,
         profile: Profile | str = "gpt3-175b_a100_8stages.csv",
         gpus: Description | str = "a100.json",
+        others: Mapping[int, tuple[str, str]] | None = None,
         time_scale: float = 0.25,
         tail_share: float = 0.05,
         time_noise: float = 0.003,
@@ -139,6 +140,7 @@ class Cluster:
             schedule: of a number of stages and of microbatches.
             profile: that the GPUs follow, or a file of `configs/profiles`; its stages are spread over the job's.
             gpus: what describes them, or a file of `configs/gpus`.
+            others: by stage, another such profile and another file, where not all stages have the same GPUs.
             time_scale: multiplies the profile's times and energies.
             tail_share: from the last instruction's end to the iteration's, as a share of one stage's work.
             time_noise: of one execution's time, relative standard deviation.
@@ -156,6 +158,9 @@ class Cluster:
         if isinstance(gpus, str):
             gpus = Description.load(_CONFIGS / "gpus" / gpus)
         models = _stage_models(plan, gpus, profile, time_scale)
+        for stage, (its_profile, its_gpus) in (others or {}).items():
+            like = Profile.load(_CONFIGS / "profiles" / its_profile)
+            models[stage] = _stage_models(plan, Description.load(_CONFIGS / "gpus" / its_gpus), like, time_scale)[stage]
         work_s = max(sum(model.times_s[0]) for model in models) * microbatches
         self.job = VirtualJob(
             self.queue, plan, tail_s=tail_share * work_s, time_noise=time_noise, random_numbers=self._random
@@ -281,7 +286,7 @@ class Cluster:
             number = (stage * pipelines + pipeline) * tensor_parallel + place
             threads = VirtualThreads(self.queue, number, task_s=lambda: task_s)
             numbers = random.Random(self._random.random())
-            gpu = VirtualGpu(model, work, threads, name="Virtual GPU", random_numbers=numbers, noise=noise)
+            gpu = VirtualGpu(model, work, threads, random_numbers=numbers, noise=noise)
             group.append(Rank(number, stage, pipeline, gpu, threads))
         return group, work
 

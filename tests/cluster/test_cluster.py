@@ -44,7 +44,6 @@ class Rig:
                 self.model,
                 self.work,
                 VirtualThreads(self.queue, rank),
-                name="GPU",
                 random_numbers=random.Random(rank),
                 noise=noise,
             )

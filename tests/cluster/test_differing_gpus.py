@@ -69,3 +69,25 @@ def test_a_plan_is_kept_while_the_job_drifts(seed: int) -> None:
         assert status.plan == 1, cluster.log_text
         assert status.saving == pytest.approx(status.promised_saving, abs=0.015)
         assert abs(status.slowdown) < 0.005
+
+
+def test_stages_may_have_gpus_of_another_product() -> None:
+    """Each stage is swept and planned at the clocks of its own: the limit is kept, and the promise."""
+    with Cluster(
+        seed=1,
+        stages=2,
+        microbatches=8,
+        profile="gpt3-6.7b_a100_4stages.csv",
+        others={1: ("gpt3-6.7b_h100_4stages.csv", "h100.json")},
+        time_scale=1.0,
+        settings=SETTINGS,
+    ) as cluster:
+        train_until_measured(cluster)
+        cluster.run_iterations(30)
+        status, times_s = cluster.session(0).status(), cluster.iteration_times_s()
+        assert status.plan == 1
+        assert statistics.median(times_s[-8:]) == pytest.approx(statistics.median(times_s[3:8]), rel=0.005)
+        assert status.promised_saving > 0.05
+        assert status.saving == pytest.approx(status.promised_saving, abs=0.01)
+        ran_at_mhz = {clock for _, clock in cluster.ranks[1].gpu.clocks_until()}
+        assert ran_at_mhz - set(cluster.ranks[0].gpu.supported_clocks_mhz()), "an H100 has clocks that an A100 has not"

@@ -36,12 +36,16 @@ class StageModel:
         times_s: of one instruction, by clock and instruction type.
         powers_w: by clock and activity: the instruction types, then `WAITING` and `OUTSIDE`, which count from the end.
         gpu: what the GPUs of all stages have in common.
+        name: the product.
+        power_limit_w: of it.
     """
 
     clocks_mhz: tuple[int, ...]
     times_s: tuple[tuple[float, ...], ...]
     powers_w: tuple[tuple[float, ...], ...]
     gpu: GpuModel
+    name: str
+    power_limit_w: float
 
     @classmethod
     def of(
@@ -60,7 +64,12 @@ class StageModel:
             of_instructions = [cost.energy_j[index] / cost.time_s[index] for cost in costs]
             powers.append((*of_instructions, blocking_w, _OUTSIDE_SHARE * max(of_instructions)))
         return cls(
-            clocks, tuple(tuple(c.time_s[index] for c in costs) for index in range(len(clocks))), tuple(powers), gpu
+            clocks,
+            tuple(tuple(c.time_s[index] for c in costs) for index in range(len(clocks))),
+            tuple(powers),
+            gpu,
+            description.name,
+            description.power_limit_w,
         )
 
 
@@ -129,13 +138,12 @@ class VirtualGpu:
         work: Work,
         threads: VirtualThreads,
         *,
-        name: str,
         random_numbers: random.Random,
         noise: GpuNoise,
     ) -> None:
         """Idle at its highest clock; the counter's first move comes at some time of its first period."""
         self.uuid = f"GPU-{threads.rank:08d}"
-        self.name = name
+        self.name = model.name
         self.threads = threads
         self.on_change: Callable[[], None] = lambda: None
         self.lock_call_s = 0.01
@@ -204,7 +212,7 @@ class VirtualGpu:
 
     def power_limit_w(self) -> float:
         """See `Device`."""
-        return max(self.model.powers_w[0])
+        return self.model.power_limit_w
 
     def set_power_limit(self, limit_w: float) -> None:
         """See `Device`."""

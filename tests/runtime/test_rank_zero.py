@@ -74,6 +74,9 @@ class HandPlanner:
         self.asked: list[tuple[Any, ...]] = []
         self.error: Exception | None = None
 
+    def take_up(self, gpu_kinds: tuple[int, ...]) -> None:
+        pass
+
     def plan_after(self, number: int) -> PlanMessage | None:
         if self.error is not None:
             raise self.error

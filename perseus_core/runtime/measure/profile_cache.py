@@ -13,7 +13,7 @@ from perseus_core.errors import InputError
 from perseus_core.runtime.measure.stage_measurements import JobMeasurements
 
 _FORMAT = "perseus profile cache"
-_VERSION = 3
+_VERSION = 4
 _log = logging.getLogger("perseus")
 
 

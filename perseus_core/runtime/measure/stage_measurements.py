@@ -195,6 +195,7 @@ class JobMeasurements:
         outside_energy_j: energy of one GPU of each stage, summed, outside the pipeline beyond blocking power, at the
             highest clock: `planning.problem.Problem.outside_energy_j`.
         changes: what changes of clock were seen to take at most.
+        gpu_kinds: of each stage, see `StageGpu`.
     """
 
     profile: Profile
@@ -202,6 +203,7 @@ class JobMeasurements:
     outside_time_s: tuple[float, ...]
     outside_energy_j: float
     changes: SeenChanges = NOTHING_SEEN
+    gpu_kinds: tuple[int, ...] = ()
 
     @property
     def num_clocks(self) -> int:
@@ -230,6 +232,7 @@ class JobMeasurements:
             "outside_time_s": list(self.outside_time_s),
             "outside_energy_j": self.outside_energy_j,
             "changes": asdict(self.changes),
+            "gpu_kinds": list(self.gpu_kinds),
         }
 
     @classmethod
@@ -256,15 +259,20 @@ class JobMeasurements:
                 tuple(fields.numbers("outside_time_s")),
                 fields.number("outside_energy_j"),
                 SeenChanges(*(fields.section("changes").number(name) for name in ("up_s", "down_s", "call_s"))),
+                tuple(int(kind) for kind in fields.items("gpu_kinds")),
             )  # fmt: skip
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{fields.where}: holds no measurements of a job ({error})") from None
 
 
-def merge(sweeps: SweepRows) -> JobMeasurements:
+def merge(sweeps: SweepRows, gpu_kinds: tuple[int, ...] = ()) -> JobMeasurements:
     """Puts the measurements of all ranks together: of a stage's ranks the slowest counts for time, the mean for energy.
 
     A clock counts for a stage where all its ranks have it, or, where there is no such clock, where any has it.
+
+    Args:
+        sweeps: of all ranks.
+        gpu_kinds: of each stage; empty where all are alike.
 
     Raises:
         InputError: if a stage has measured nothing.
@@ -287,13 +295,14 @@ def merge(sweeps: SweepRows) -> JobMeasurements:
     in_order = np.argsort(stages, kind="stable")
     by_stage = np.split(clocks[in_order], np.cumsum(np.bincount(stages))[:-1])
     highest = [of_stage[of_stage["clock_mhz"] == of_stage["clock_mhz"].max()] for of_stage in by_stage]
-    blocking = _blocking_powers([_line(of_stage) for of_stage in by_stage])
+    blocking = _blocking_powers([_line(of_stage) for of_stage in by_stage], gpu_kinds or (0,) * len(by_stage))
     outside_j = [_outside_energy_j(at_highest, line) for at_highest, line in zip(highest, blocking, strict=True)]
     return JobMeasurements(
         _merged_profile(sweeps, stage_of_clock, counts),
         blocking,
         tuple(float(at_highest["outside_time_s"].max()) for at_highest in highest),
         max(0.0, sum(outside_j)),
+        gpu_kinds=gpu_kinds,
     )
 
 
@@ -374,10 +383,21 @@ def _line(clocks: NDArray[Any]) -> BlockingPower:
     return BlockingPower(float(solution[0]), middle, float(solution[1]) / max(1.0, clock.max()), standard_error_w)
 
 
-def _blocking_powers(own: Sequence[BlockingPower]) -> tuple[BlockingPower, ...]:
-    """Draws the line of a stage that is known worse than the others differ among themselves towards theirs."""
+def _blocking_powers(own: Sequence[BlockingPower], gpu_kinds: Sequence[int]) -> tuple[BlockingPower, ...]:
+    """Draws the line of a stage that is known worse than the others differ among themselves towards theirs.
+
+    Only stages with GPUs of one kind speak for each other.
+    """
+    drawn: dict[int, BlockingPower] = {}
+    for kind in set(gpu_kinds):
+        alike = [stage for stage, its_kind in enumerate(gpu_kinds) if its_kind == kind]
+        drawn.update(zip(alike, _drawn_together([own[stage] for stage in alike]), strict=True))
+    return tuple(drawn[stage] for stage in range(len(own)))
+
+
+def _drawn_together(own: Sequence[BlockingPower]) -> Sequence[BlockingPower]:
     if len(own) == 1:
-        return tuple(own)
+        return own
     power_w, clock_mhz, slope, error_w = np.array(
         [(line.power_w, line.clock_mhz, line.slope_w_per_mhz, line.standard_error_w) for line in own]
     ).T
@@ -399,4 +419,4 @@ def _blocking_powers(own: Sequence[BlockingPower]) -> tuple[BlockingPower, ...]:
                 math.sqrt(trust * variance),
             )
         )
-    return tuple(drawn)
+    return drawn

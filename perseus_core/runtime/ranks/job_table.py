@@ -63,7 +63,8 @@ class JobTable:
         present: it takes part.
         same_version: and understands us.
         stage: its pipeline stage.
-        ready, can_lock, failed, left, swept, reported, received, straggler_slowdown, unlocked_mhz: see `RankState`.
+        ready, can_lock, failed, left, swept, reported, received, straggler_slowdown, unlocked_mhz, gpu_kind: see
+            `RankState`.
         newest_iteration: the newest of which it has told the time, -1 for none.
         heard_s: when it was heard of last.
         times: iterations' times, `TIME_COLUMNS`.
@@ -80,6 +81,7 @@ class JobTable:
         self.received = np.zeros(num_ranks, np.int64)
         self.straggler_slowdown = np.ones(num_ranks, np.float64)
         self.unlocked_mhz = np.zeros(num_ranks, np.int64)
+        self.gpu_kind = np.zeros(num_ranks, np.int64)
         self.newest_iteration = np.full(num_ranks, -1, np.int64)
         self.heard_s = np.zeros(num_ranks, np.float64)
         self.times = IterationTable(num_ranks, TIME_COLUMNS)
@@ -100,6 +102,7 @@ class JobTable:
         self.received[states["rank"]] = states["b"]
         self.straggler_slowdown[states["rank"]] = states["c"]
         self.unlocked_mhz[states["rank"]] = states["count"]
+        self.gpu_kind[states["rank"]] = states["iteration"]
         times = records[kinds == RecordKind.TIME]
         if len(times):
             np.maximum.at(self.newest_iteration, times["rank"], times["iteration"])

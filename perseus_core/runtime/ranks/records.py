@@ -80,6 +80,7 @@ class RankState:
         received: number of the newest plan that has arrived there.
         straggler_slowdown: T'/T that it was told, 1 for none.
         unlocked_mhz: the clock that its GPU held at unlocked clocks; 0 while not known.
+        gpu_kind: a number, below 2^31, that GPUs of one kind have in common; 0 while not known.
     """
 
     ready: bool = False
@@ -91,6 +92,7 @@ class RankState:
     received: int = 0
     straggler_slowdown: float = 1.0
     unlocked_mhz: int = 0
+    gpu_kind: int = 0
 
     @property
     def flags(self) -> StateFlag:
@@ -116,7 +118,7 @@ def hello(rank: int, stage: int, data_parallel_rank: int) -> bytes:
 def state(rank: int, now: RankState) -> bytes:
     """What is true of this rank from now on."""
     return _FORMAT.pack(
-        *(rank, RecordKind.STATE, now.flags, now.unlocked_mhz, 0),
+        *(rank, RecordKind.STATE, now.flags, now.unlocked_mhz, now.gpu_kind),
         *(now.reported, now.received, min(now.straggler_slowdown, 1e30)),
     )
 

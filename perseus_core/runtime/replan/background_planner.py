@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 
 from perseus_core.errors import InputError
 from perseus_core.planning.policy import Policy
@@ -27,7 +28,7 @@ class BackgroundPlanner:
 
     Attributes:
         known_profile: measurements of this job from the cache.
-        restored: the state of an earlier run of this job.
+        restored: the state of an earlier run of this job. Both are none where `take_up` finds that GPUs were others.
     """
 
     def __init__(
@@ -54,8 +55,23 @@ class BackgroundPlanner:
         self._lock = threading.Lock()  # of what follows
         self._working: deque[Future[PlanMessage | None]] = deque()
         self._plans: dict[int, PlanMessage] = {}
-        if restored is not None:
-            self._plans[1] = planner.restore(restored)
+
+    def take_up(self, gpu_kinds: tuple[int, ...]) -> None:
+        """Goes on with what is known, unless it was measured on other GPUs than the stages have now.
+
+        Args:
+            gpu_kinds: of each stage.
+        """
+        if self.known_profile is not None and self.known_profile.gpu_kinds != gpu_kinds:
+            logger.warning(
+                "profile cache not used, profiling again: it was measured on other GPUs than the stages have"
+            )
+            self.known_profile = None
+        if self.restored is not None and tuple(gpu.kind for gpu in self.restored.job.gpus) != gpu_kinds:
+            logger.warning("the session's state is not used, starting afresh: its stages had other GPUs")
+            self.restored = None
+        if self.restored is not None:
+            self._begin(partial(self._planner.restore, self.restored))
 
     # Tasks
 
@@ -156,7 +172,8 @@ class BackgroundPlanner:
     def _take_profile(self, report: JobReport, baseline: Baseline) -> None:
         measured = self.known_profile
         if measured is None:
-            measured = replace(merge(report.sweeps), changes=report.changes)
+            kinds = tuple(gpu.kind for gpu in report.gpus)
+            measured = replace(merge(report.sweeps, kinds), changes=report.changes)
             self._keep(measured)
         else:
             self._planner.take_changes(measured.changes)
@@ -165,5 +182,5 @@ class BackgroundPlanner:
             logger.warning(
                 "instructions are executed in another order than the framework says; planning for the real one"
             )
-        job = MeasuredJob(measured.profile, measured.blocking_power_w, baseline, report.pipeline_time_s)
+        job = MeasuredJob(measured.profile, measured.blocking_power_w, baseline, report.pipeline_time_s, report.gpus)
         self._planner.take_measurements(job, traced)

@@ -22,6 +22,7 @@ from perseus_core.planning.solver import solve
 from perseus_core.planning.switching import AT_ONCE, SeenChanges, Switching
 from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.recorder import Step
+from perseus_core.runtime.measure.stage_gpu import StageGpu
 from perseus_core.runtime.ranks.order import Baseline
 from perseus_core.runtime.replan.correction import Stretches, corrected
 from perseus_core.runtime.replan.plan_message import PlanMessage
@@ -39,12 +40,14 @@ class MeasuredJob:
         blocking_power_w: of each stage's GPU.
         baseline: the job at unlocked clocks.
         pipeline_time_s: the share of the baseline's iteration from its first instruction to its last; 0 if not known.
+        gpus: of each stage; plans use the clocks that they support.
     """
 
     profile: Profile
     blocking_power_w: tuple[float, ...]
     baseline: Baseline
     pipeline_time_s: float = 0.0
+    gpus: tuple[StageGpu, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,6 @@ class JobPlanner:
     def __init__(
         self,
         schedule: Callable[[int], Schedule],
-        supported_clocks_mhz: Sequence[int],
         policy: Policy,
         *,
         straggler_slowdown: float = 1.0,
@@ -93,7 +95,6 @@ class JobPlanner:
         self.straggler_slowdown = straggler_slowdown
         self._schedule = schedule
         self._traced: Schedule | None = None
-        self._clocks_mhz = tuple(supported_clocks_mhz)
         self._switching = switching
         self._usual_jitter_s = switching.jitter_s
         self._max_changes_per_s = switching.max_changes_per_s
@@ -127,7 +128,8 @@ class JobPlanner:
         profile = self.job.profile
         for missing, clock_mhz in profile.missing_at_top():
             logger.warning("%s was not measured at %d MHz: it is estimated there", missing, clock_mhz)
-        return fit_profile(profile.with_filled_top(), clocks_mhz=self._clocks_mhz)
+        clocks_mhz = {stage: gpu.supported_clocks_mhz for stage, gpu in enumerate(self.job.gpus)}
+        return fit_profile(profile.with_filled_top(), clocks_mhz=clocks_mhz)
 
     def state(self, plan: PlanMessage) -> PlannerState:
         """What to save beside a plan."""

@@ -19,6 +19,7 @@ from perseus_core.planning.schedule import InstructionType
 from perseus_core.planning.switching import NOTHING_SEEN, SeenChanges
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.measure.recorder import Step
+from perseus_core.runtime.measure.stage_gpu import UNKNOWN_GPU, StageGpu, kind_of_all
 from perseus_core.runtime.measure.stage_measurements import (
     CLOCK_ROW,
     INSTRUCTION_ROW,
@@ -34,6 +35,7 @@ from perseus_core.runtime.replan.packed_steps import PACKED_STEP, pack_steps, un
 # An instruction that ran so rarely says nothing.
 _MIN_EXECUTIONS = 4
 _STEPS_IN_A_ROW = 5
+_CLOCKS_IN_A_ROW = 9
 _MAGIC = int.from_bytes(b"PRS1", "little")
 
 
@@ -48,6 +50,8 @@ class _Row(IntEnum):
     STRETCH = 4
     TRACED = 5
     """The next few steps of the order that was executed."""
+    GPU = 6
+    """What the GPU is, and the next few of the clocks that it supports."""
 
 
 _COLUMNS: Mapping[_Row, np.dtype[Any]] = {
@@ -57,6 +61,7 @@ _COLUMNS: Mapping[_Row, np.dtype[Any]] = {
             *(("up_s", "<f2"), ("down_s", "<f2"), ("call_s", "<f2")),
         ]
     ),
+    _Row.GPU: np.dtype([("gpu_kind", "<u4"), ("num_clocks", "<u2"), ("clocks_mhz", "<u2", (_CLOCKS_IN_A_ROW,))]),
     _Row.CLOCK: CLOCK_ROW,
     _Row.INSTRUCTION: INSTRUCTION_ROW,
     _Row.STRETCH: np.dtype(
@@ -97,6 +102,7 @@ class RankReport:
         traced: what it executed, if that is not what its schedule says.
         pipeline_time_s: from its first instruction's begin to its last one's end in an iteration of the baseline.
         changes: what changes of clock were seen to take on its GPU.
+        gpu: its own; clocks where this rank speaks for its stage.
     """
 
     rank: int
@@ -105,6 +111,7 @@ class RankReport:
     traced: tuple[Step, ...] = ()
     pipeline_time_s: float = 0.0
     changes: SeenChanges = NOTHING_SEEN
+    gpu: StageGpu = UNKNOWN_GPU
 
     def encode(self) -> bytes:
         """As bytes, which may be appended to those of other ranks.
@@ -120,7 +127,11 @@ class RankReport:
             ],
             _COLUMNS[_Row.STRETCH],
         )
-        content = [_encoded(_Row.STRETCH, stretches), _encoded(_Row.TRACED, _traced_rows(self.traced))]
+        content = [
+            _encoded(_Row.GPU, _gpu_rows(self.gpu)),
+            _encoded(_Row.STRETCH, stretches),
+            _encoded(_Row.TRACED, _traced_rows(self.traced)),
+        ]
         for place in range(len(sweep.clocks)):
             content.append(_encoded(_Row.CLOCK, sweep.clocks[place : place + 1]))
             content.append(_encoded(_Row.INSTRUCTION, sweep.instructions[sweep.clock_of_instruction == place]))
@@ -142,6 +153,7 @@ class JobReport:
         pipeline_time_s: of the rank with the longest one: a stage that begins first and ends last sees all of the
             pipeline.
         changes: what changes of clock were seen to take, on the GPU where they take longest.
+        gpus: of each stage.
     """
 
     num_ranks: int
@@ -150,6 +162,7 @@ class JobReport:
     traced: Mapping[int, tuple[Step, ...]]
     pipeline_time_s: float
     changes: SeenChanges
+    gpus: tuple[StageGpu, ...]
 
     @classmethod
     def decode(cls, contents: Sequence[bytes]) -> JobReport:
@@ -169,6 +182,7 @@ class JobReport:
             rows.traced(),
             float(rows.reports["pipeline_time_s"].max()),
             SeenChanges(*(float(rows.reports[name].max()) for name in ("up_s", "down_s", "call_s"))),
+            rows.gpus(),
         )
 
     @property
@@ -260,6 +274,20 @@ class _ReportRows:
         ]
         return {(stretch.type, stretch.clock_mhz): stretch for stretch in found}
 
+    def gpus(self) -> tuple[StageGpu, ...]:
+        """Of each stage; its clocks are those that the first of its ranks tells which tells any."""
+        rows, report = self.of_kind(_Row.GPU)
+        stage_of_row = self.reports["stage"][report]
+        gpus = []
+        for stage in range(int(self.reports["stage"].max()) + 1):
+            of_stage = stage_of_row == stage
+            told = of_stage & (rows["num_clocks"] > 0)
+            of_first = rows[told & (report == report[told.argmax()])] if told.any() else rows[:0]
+            is_clock = np.arange(_CLOCKS_IN_A_ROW) < of_first["num_clocks"][:, None]
+            clocks_mhz = tuple(of_first["clocks_mhz"][is_clock].tolist())
+            gpus.append(StageGpu(kind_of_all(rows["gpu_kind"][of_stage].tolist() or [0]), clocks_mhz))
+        return tuple(gpus)
+
     def traced(self) -> dict[int, tuple[Step, ...]]:
         """For each stage what the first of its ranks executed that says so."""
         rows, report = self.of_kind(_Row.TRACED)
@@ -284,6 +312,20 @@ def _encoded(holds: _Row, content: NDArray[Any]) -> bytes:
     for name in content.dtype.names or ():
         rows[name] = content[name]
     return rows.tobytes()
+
+
+def _gpu_rows(gpu: StageGpu) -> NDArray[Any]:
+    if gpu == UNKNOWN_GPU:
+        return np.zeros(0, _COLUMNS[_Row.GPU])
+    clocks_mhz = np.array(gpu.supported_clocks_mhz, "<u2")
+    begins = range(0, max(1, len(clocks_mhz)), _CLOCKS_IN_A_ROW)
+    rows = np.zeros(len(begins), _COLUMNS[_Row.GPU])
+    rows["gpu_kind"] = gpu.kind
+    for row, begin in zip(rows, begins, strict=True):
+        of_row = clocks_mhz[begin : begin + _CLOCKS_IN_A_ROW]
+        row["num_clocks"] = len(of_row)
+        row["clocks_mhz"][: len(of_row)] = of_row
+    return rows
 
 
 def _traced_rows(steps: Sequence[Step]) -> NDArray[Any]:

@@ -12,12 +12,13 @@ from perseus_core.planning.profile import Measurement, Profile
 from perseus_core.planning.schedule import InstructionType, Kind
 from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.profile_cache import ProfileKey
+from perseus_core.runtime.measure.stage_gpu import StageGpu
 from perseus_core.runtime.ranks.order import Baseline
 from perseus_core.runtime.replan.job_planner import MeasuredJob, PlannerState
 from perseus_core.runtime.replan.plan_message import PlanMessage
 
 _FORMAT = "perseus-session"
-_VERSION = 4
+_VERSION = 5
 
 
 def save_state(path: str | Path, key: ProfileKey, state: PlannerState) -> None:
@@ -37,6 +38,7 @@ def save_state(path: str | Path, key: ProfileKey, state: PlannerState) -> None:
                 },
                 "blocking_power_w": list(state.job.blocking_power_w),
                 "pipeline_time_s": state.job.pipeline_time_s,
+                "gpus": [[gpu.kind, *gpu.supported_clocks_mhz] for gpu in state.job.gpus],
                 "measured": _rows(state.job.profile),
                 "fitted": _rows(state.fitted),
                 "traced": None if state.traced is None else schedule_fields(state.traced),
@@ -65,6 +67,7 @@ def load_state(path: str | Path, key: ProfileKey) -> PlannerState | None:
                     baseline.number("energy_j", at_least=0),
                 ),
                 fields.number("pipeline_time_s", at_least=0),
+                _gpus(fields),
             ),
             _profile(fields, "fitted"),
             None if fields.fields.get("traced") is None else read_schedule(fields.section("traced")),
@@ -96,6 +99,13 @@ def _profile(fields: Fields, name: str) -> Profile:
         )
     except ValueError as error:
         raise InputError(f"{fields.where}: field {name!r} holds no profile ({error})") from None
+
+
+def _gpus(fields: Fields) -> tuple[StageGpu, ...]:
+    try:
+        return tuple(StageGpu(int(kind), tuple(map(int, clocks_mhz))) for kind, *clocks_mhz in fields.items("gpus"))
+    except (TypeError, ValueError) as error:
+        raise InputError(f'{fields.where}: field "gpus" holds no GPUs ({error}); delete the file') from None
 
 
 def _plan(fields: Fields) -> PlanMessage:

@@ -17,7 +17,13 @@ from perseus_core.planning.schedule import InstructionType, Kind, Schedule, one_
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.measure.energy import ChunkKind, PowerEstimate
 from perseus_core.runtime.measure.profile_cache import ProfileCache, ProfileKey
-from perseus_core.runtime.measure.stage_measurements import ClockMeasurements, InstructionMeasurement, StageMeasurements
+from perseus_core.runtime.measure.stage_gpu import kind_of
+from perseus_core.runtime.measure.stage_measurements import (
+    ClockMeasurements,
+    InstructionMeasurement,
+    JobMeasurements,
+    StageMeasurements,
+)
 from perseus_core.runtime.ranks.order import Baseline, Reason
 from perseus_core.runtime.replan.background_planner import BackgroundPlanner
 from perseus_core.runtime.replan.job_planner import JobPlanner
@@ -25,7 +31,7 @@ from perseus_core.runtime.replan.plan_message import PlanMessage
 from perseus_core.runtime.replan.rank_report import JobReport, RankReport
 from perseus_core.runtime.side_threads import OwnThreads, SideThread, Step
 
-from .test_job_planner import MICROBATCHES, clocks_mhz, measured
+from .test_job_planner import A100, MICROBATCHES, clocks_mhz, measured
 
 T = TypeVar("T")
 
@@ -76,7 +82,7 @@ def job() -> Job:
 
 @pytest.fixture
 def planner(own_profile: Profile) -> JobPlanner:
-    return JobPlanner(schedule, clocks_mhz(own_profile), no_slowdown, now_s=lambda: 0.0)
+    return JobPlanner(schedule, no_slowdown, now_s=lambda: 0.0)
 
 
 @pytest.fixture
@@ -196,6 +202,24 @@ def test_a_rank_that_sent_nothing_is_said(
         background.plan_after(0)
 
 
+def test_what_was_measured_on_other_gpus_is_not_used(
+    job: Job, planner: JobPlanner, own_profile: Profile, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever stage has another one now: neither a cached profile nor an earlier run's state."""
+    planner.take_measurements(measured(own_profile))
+    state = planner.state(planner.plan())
+    profile = JobMeasurements(own_profile, (), (), 0.0, gpu_kinds=(A100,) * 4)
+    background = BackgroundPlanner(
+        job, JobPlanner(schedule, no_slowdown), Later(), known_profile=profile, restored=state
+    )
+    background.take_up((A100, A100, kind_of("H100", 700.0), A100))
+    assert (background.known_profile, background.restored, background.plan_after(0)) == (None, None, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "profile cache not used, profiling again: it was measured on other GPUs than the stages have",
+        "the session's state is not used, starting afresh: its stages had other GPUs",
+    ]
+
+
 def test_an_earlier_run_has_left_plan_number_1(
     job: Job, planner: JobPlanner, own_profile: Profile, baseline: Baseline
 ) -> None:
@@ -204,8 +228,9 @@ def test_an_earlier_run_has_left_plan_number_1(
     planner.plan()
     state = planner.state(planner.plan())
     assert state.plan.summary.number == 2
-    threads, restored = Later(), JobPlanner(schedule, clocks_mhz(own_profile), no_slowdown)
+    threads, restored = Later(), JobPlanner(schedule, no_slowdown)
     background = BackgroundPlanner(job, restored, threads, restored=state)
+    background.take_up((A100,) * 4)
     background.plan_from(nothing_seen(), Reason.RECOVERED, baseline, 0.0)
     threads.work()
     first = background.plan_after(0)

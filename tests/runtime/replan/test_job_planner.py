@@ -18,6 +18,7 @@ from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import InstructionType, Kind, Placement, Waits, gpipe, interleaved, one_f_one_b
 from perseus_core.planning.switching import Switching
 from perseus_core.runtime.measure.profile_cache import ProfileKey
+from perseus_core.runtime.measure.stage_gpu import StageGpu, kind_of
 from perseus_core.runtime.measure.stretch import Stretch
 from perseus_core.runtime.ranks.order import Baseline
 from perseus_core.runtime.replan.correction import Stretches
@@ -29,8 +30,11 @@ LATENCY_S, OUTSIDE_S, BLOCKING_W = 0.004, 0.05, 83.5
 MICROBATCHES = 8
 
 
-def clocks_mhz(profile: Profile) -> list[int]:
-    return sorted({m.clock_mhz for m in profile.measurements}, reverse=True)
+A100 = kind_of("A100", 400.0)
+
+
+def clocks_mhz(profile: Profile) -> tuple[int, ...]:
+    return tuple(sorted({m.clock_mhz for m in profile.measurements}, reverse=True))
 
 
 def truth(profile: Profile, num_microbatches: int = MICROBATCHES) -> PipelineProblem:
@@ -49,13 +53,14 @@ def measured(profile: Profile) -> MeasuredJob:
     """What its ranks would measure."""
     unlocked = all_max(truth(profile))
     baseline = Baseline(MICROBATCHES, unlocked.iteration_time_s, unlocked.energy_j)
-    return MeasuredJob(profile, (BLOCKING_W,) * 4, baseline, unlocked.iteration_time_s - OUTSIDE_S)
+    gpus = (StageGpu(A100, clocks_mhz(profile)),) * 4
+    return MeasuredJob(profile, (BLOCKING_W,) * 4, baseline, unlocked.iteration_time_s - OUTSIDE_S, gpus)
 
 
 @pytest.fixture
 def planner(own_profile: Profile) -> JobPlanner:
     """One that has taken the job's measurements."""
-    made = JobPlanner(lambda microbatches: one_f_one_b(4, microbatches), clocks_mhz(own_profile), no_slowdown)
+    made = JobPlanner(lambda microbatches: one_f_one_b(4, microbatches), no_slowdown)
     made.take_measurements(measured(own_profile))
     return made
 
@@ -68,7 +73,7 @@ def test_time_between_instructions_is_known(own_profile: Profile, planner: JobPl
     really = execute(truth(own_profile), clocks)
     assert really.iteration_time_s == pytest.approx(plan.summary.promised_time_s, rel=1e-4)
     assert really.energy_j == pytest.approx(plan.summary.promised_energy_j, rel=1e-3)
-    ignorant = JobPlanner(planner.schedule, clocks_mhz(own_profile), no_slowdown)
+    ignorant = JobPlanner(planner.schedule, no_slowdown)
     ignorant.take_measurements(dataclasses.replace(measured(own_profile), pipeline_time_s=0.0))
     assert plan.summary.saving > ignorant.plan().summary.saving
 
@@ -82,7 +87,7 @@ def test_the_limit_is_what_was_measured_however_wrong_the_sweep_was(own_profile:
             for m in own_profile.measurements
         )
     )
-    planner = JobPlanner(lambda microbatches: one_f_one_b(4, microbatches), clocks_mhz(own_profile), no_slowdown)
+    planner = JobPlanner(lambda microbatches: one_f_one_b(4, microbatches), no_slowdown)
     job = measured(own_profile)
     planner.take_measurements(dataclasses.replace(job, profile=wrong))
     plan = planner.plan()
@@ -175,7 +180,6 @@ def test_after_a_late_plan_clocks_rise_sooner_and_fall_later(own_profile: Profil
     """Threads that ask for them come late on a busy machine; what is forgotten with the corrections."""
     planner = JobPlanner(
         lambda microbatches: one_f_one_b(4, microbatches),
-        clocks_mhz(own_profile),
         no_slowdown,
         switching=Switching(0.015, 0.015, 0.001, 10.0),
     )
@@ -237,7 +241,7 @@ def test_a_traced_order_lies_over_the_stages_as_was_said(own_profile: Profile, t
         for _ in range(4)
     ]
     profile = own_profile.divided_into_chunks(2)
-    planner = JobPlanner(lambda _: in_a_v, clocks_mhz(profile), no_slowdown)
+    planner = JobPlanner(lambda _: in_a_v, no_slowdown)
     planner.take_measurements(dataclasses.replace(measured(own_profile), profile=profile), traced)
     key = ProfileKey("model", in_a_v.name, 4, 2, 1, 1, 1, "GPU", 400.0)
     save_state(tmp_path / "session.json", key, planner.state(planner.plan()))
@@ -258,7 +262,7 @@ def test_a_saved_state_goes_on(own_profile: Profile, tmp_path: Path, waits: Wait
     key = ProfileKey("model", schedule.name, 4, 2, 1, 1, 1, "GPU", 400.0)
 
     def new_planner() -> JobPlanner:
-        return JobPlanner(lambda _: schedule, clocks_mhz(profile), no_slowdown)
+        return JobPlanner(lambda _: schedule, no_slowdown)
 
     planner, restored = new_planner(), new_planner()
     planner.take_measurements(job)
@@ -279,7 +283,7 @@ def test_a_schedule_with_waits_is_planned_and_kept(own_profile: Profile, tmp_pat
     schedule = one_f_one_b(4, MICROBATCHES)
     held_up = dataclasses.replace(schedule, waits=((schedule.stages[1][2], schedule.stages[0][5]),))
     frontier_file = str(tmp_path / "frontier.json")
-    planner = JobPlanner(lambda _: held_up, clocks_mhz(own_profile), no_slowdown, frontier_file=frontier_file)
+    planner = JobPlanner(lambda _: held_up, no_slowdown, frontier_file=frontier_file)
     planner.take_measurements(measured(own_profile))
     planner.plan()
     problem = load_frontier(tmp_path / "frontier.json").problem

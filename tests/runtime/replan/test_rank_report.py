@@ -12,6 +12,7 @@ from perseus_core.errors import InputError
 from perseus_core.planning.schedule import InstructionType, Kind
 from perseus_core.runtime.measure.energy import ChunkKind, PowerEstimate
 from perseus_core.runtime.measure.recorder import Step
+from perseus_core.runtime.measure.stage_gpu import UNKNOWN_GPU, StageGpu, kind_of, kind_of_all
 from perseus_core.runtime.measure.stage_measurements import (
     ClockMeasurements,
     InstructionMeasurement,
@@ -125,6 +126,26 @@ def test_more_chunks_than_can_be_sent_are_refused() -> None:
     """Before anything is sent."""
     with pytest.raises(InputError, match="chunk 256"):
         RankReport(0, sweep(0), traced=((256, 0, Kind.FORWARD),)).encode()
+
+
+def test_the_gpus_of_each_stage_are_known() -> None:
+    """Their clocks from the first rank that tells them; a stage with GPUs of two kinds has a kind of its own."""
+    a100, h100 = kind_of("A100", 400.0), kind_of("H100", 700.0)
+    many = tuple(range(1980, 200, -15))
+    told = [
+        StageGpu(a100),
+        StageGpu(h100),
+        StageGpu(a100, (1410, 1395)),
+        StageGpu(h100, many),
+        StageGpu(a100, (1400,)),
+        StageGpu(a100),
+    ]
+    reports = [RankReport(r, StageMeasurements(r % 2, ()), gpu=gpu).encode() for r, gpu in enumerate(told)]
+    stage0, stage1 = JobReport.decode(reports).gpus
+    assert stage0 == StageGpu(a100, (1410, 1395))
+    assert stage1.supported_clocks_mhz == many
+    assert stage1.kind == kind_of_all([a100, h100]) not in (a100, h100, 0)
+    assert JobReport.decode([RankReport(0, sweep(0)).encode()]).gpus == (UNKNOWN_GPU,)
 
 
 ONE = RankReport(17, sweep(0), (Stretch(FORWARD, 1410, 1.5, 8),), ORDER, 1.0).encode()

@@ -16,14 +16,14 @@ from perseus_core.runtime.measure.profile_cache import ProfileKey
 from perseus_core.runtime.replan.job_planner import JobPlanner, PlannerState
 from perseus_core.runtime.replan.state_file import load_state, save_state
 
-from .test_job_planner import clocks_mhz, measured
+from .test_job_planner import measured
 
 KEY = ProfileKey("model", "1f1b", 4, 1, 1, 1, 1, "GPU", 400.0)
 
 
 @pytest.fixture(scope="module")
 def state(own_profile: Profile) -> PlannerState:
-    planner = JobPlanner(lambda microbatches: one_f_one_b(4, microbatches), clocks_mhz(own_profile), no_slowdown)
+    planner = JobPlanner(lambda microbatches: one_f_one_b(4, microbatches), no_slowdown)
     planner.take_measurements(measured(own_profile))
     return planner.state(planner.plan())
 
