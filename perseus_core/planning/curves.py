@@ -75,7 +75,8 @@ class TradeoffCurve:
 
 def tradeoff_curve(measurements: Iterable[Measurement], blocking_power_w: float) -> TradeoffCurve:
     """The tradeoff curve of one instruction type: its measurements without the clocks that are not useful."""
-    points = sorted(measurements, key=lambda m: (m.time_s, m.energy_j))
+    # On the plateau of a power cap clocks are equal: the lowest is the one that the GPU holds.
+    points = sorted(measurements, key=lambda m: (m.time_s, m.energy_j, m.clock_mhz))
     useful: list[Measurement] = []
     least = float("inf")
     for m in points:

@@ -49,6 +49,13 @@ def test_times_that_differ_by_rounding_are_one() -> None:
     assert curve.energies_j == (15.0, 14.0)
 
 
+def test_of_equal_clocks_the_lowest_is_taken() -> None:
+    """A GPU at its power limit holds no higher one."""
+    equal = [Measurement(InstructionType(0, 0, Kind.FORWARD), clock, 1.0, 300.0) for clock in (1740, 1500, 1440)]
+    slower = Measurement(InstructionType(0, 0, Kind.FORWARD), 1410, 1.1, 290.0)
+    assert tradeoff_curve([*equal, slower], 20.0).clocks_mhz == (1440, 1410)
+
+
 def test_slower_than_the_slowest_costs_the_same() -> None:
     """Beyond the slowest clock the GPU waits, which is what effective energy counts from."""
     curve = TradeoffCurve((1410, 1200), (1.0, 1.2), (300.0, 250.0), 80.0)
