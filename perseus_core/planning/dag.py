@@ -198,7 +198,9 @@ def data_dependencies(schedule: Schedule) -> Iterator[tuple[Instruction, Instruc
             yield a_pass._replace(kind=Kind.FORWARD)
             if place in next_place:
                 stage, chunk = next_place[place]
-                yield a_pass._replace(stage=stage, chunk=chunk)
+                # That stage may divide the backward where this one does not, or the other way round.
+                for kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+                    yield Instruction(stage, chunk, a_pass.microbatch, kind)
 
     for a_pass, after in runs.items():
         for needed in needed_by(a_pass):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from perseus_core.errors import InputError
-from perseus_core.planning.dag import ComputationDag, Dag
+from perseus_core.planning.dag import ComputationDag, Dag, data_dependencies
 from perseus_core.planning.schedule import (
     Instruction,
     Kind,
@@ -165,3 +165,45 @@ def test_broken_edges_are_refused(predecessor: list[int], successor: list[int], 
     """Edges that lead nowhere, and latencies that cannot be."""
     with pytest.raises(InputError, match="DAG edge"):
         Dag(2, np.array(predecessor), np.array(successor), np.array(latency))
+
+
+def dual_pipe_v_of_torch(num_stages: int, num_microbatches: int) -> Schedule:
+    """The order in which PyTorch's DualPipeV computes; its fused steps as the two passes that they are."""
+    schedules = pytest.importorskip("torch.distributed.pipelining.schedules", reason="PyTorch is not installed")
+    kinds = {
+        "FORWARD": Kind.FORWARD,
+        "FULL_BACKWARD": Kind.BACKWARD,
+        "BACKWARD_INPUT": Kind.BACKWARD_INPUT,
+        "BACKWARD_WEIGHT": Kind.BACKWARD_WEIGHT,
+    }
+    order_of = schedules.ScheduleDualPipeV.__new__(schedules.ScheduleDualPipeV)
+    order_of.pp_group_size, order_of._n_microbatches = num_stages, num_microbatches
+    stages = []
+    for rank in range(num_stages):
+        actions = [a for a in order_of._calculate_single_rank_operations(rank) if a is not None]
+        passes = [a for action in actions for a in (action.sub_actions or (action,))]
+        stages.append(
+            tuple(
+                Instruction(rank, int(a.stage_index != rank), a.microbatch_index, kinds[a.computation_type.name])
+                for a in passes
+            )
+        )
+    return Schedule("DualPipeV", 2, num_microbatches, tuple(stages), placement=Placement.V)
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 4), (4, 10), (4, 24), (8, 16)])
+def test_a_gradient_arrives_however_a_backward_is_divided(num_stages: int, num_microbatches: int) -> None:
+    """Where one stage runs it whole and the next one in two parts, as DualPipeV does: on all of a microbatch's way."""
+    schedule = dual_pipe_v_of_torch(num_stages, num_microbatches)
+    backward = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+    assert {i.kind for i in schedule.instructions} == {Kind.FORWARD, *backward, Kind.BACKWARD_WEIGHT}
+    gradients = [
+        (before, after)
+        for before, after in data_dependencies(schedule)
+        if before.kind in backward and after.kind in backward
+    ]
+    steps_back = [((a.stage, a.chunk), (b.stage, b.chunk)) for a, b in gradients]
+    way_back = list(pairwise(reversed(schedule.path)))
+    assert len(gradients) == num_microbatches * len(way_back) == num_microbatches * (2 * num_stages - 1)
+    assert all(steps_back.count(step) == num_microbatches for step in way_back)
+    ComputationDag.of(schedule)
