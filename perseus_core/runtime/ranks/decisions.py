@@ -33,9 +33,6 @@ _REMEMBERED_ITERATIONS = 1000
 _YOUNG_INTERLUDES = 3
 # A correction that leaves more than this share of what a plan was late has not helped; another would not either.
 _HARDLY_LESS = 0.5
-# A GPU that is slow at set clocks only is disturbed, or does not obey: the second time within so many iterations it is
-# no disturbance.
-_DISTURBED_ITERATIONS = 50
 # Ranks end their training within so many iterations of each other.
 ENDING_ITERATIONS = 16
 
@@ -147,7 +144,6 @@ class Decisions:
         self._cool_iterations = 0
         self._cool_patience = 10
         self._is_speed_corrected = False
-        self._disobeyed = -math.inf  # in which iteration a GPU was last seen to
 
     @property
     def measures_only(self) -> bool:
@@ -199,10 +195,10 @@ class Decisions:
         return conclusions
 
     def begin_watching(self, plan: PlanSummary) -> bool:
-        """The plan that was applied last is the one to be judged, or, where it cannot keep what is allowed, given up.
+        """The plan that was applied last is the one to be judged.
 
         Returns:
-            Whether it is given up.
+            Whether it is given up before it runs: corrected, it promises to be nearly as late as the one before was.
         """
         # In its first iteration clocks may still change.
         from_iteration = self.from_iteration + 1
@@ -211,7 +207,10 @@ class Decisions:
         self._speeds.forget()
         self._others.clear()
         self._cool_iterations = 0
-        if self.reason is Reason.SLOWER and plan.promised_time_s > plan.limit_time_s * (1 + self._limits.tolerance):
+        promised_late_by = plan.promised_time_s / plan.limit_time_s - 1
+        if self.reason is Reason.SLOWER and promised_late_by > max(
+            self._limits.tolerance, _HARDLY_LESS * self._late_by
+        ):
             self._step_back(self.from_iteration)
             return True
         return False
@@ -378,10 +377,9 @@ class Decisions:
         disobeying = self._speeds.slow_at_set_clocks_only() if self._interlude_for is Reason.SPEED_CHANGED else None
         if disobeying is not None:
             self._interlude_for, self._is_speed_corrected = None, False
-            is_first, self._disobeyed = self._newest > self._disobeyed + _DISTURBED_ITERATIONS, self._newest
-            if is_first:
-                self._speeds.react_soon()
-                self._watch.pass_over_interlude()
+            if self._speeds.was_fine:  # it may only have been disturbed
+                self._speeds.suspect()
+                self._watch.pass_over_interlude(self.interlude_until + 1)
                 return
             conclusions.disobeying = disobeying
         if unplanned:
@@ -390,7 +388,7 @@ class Decisions:
             self._watch.end_interlude(unplanned, self.interlude_until + 1)
             self._renew_baseline()
         else:  # other numbers of microbatches came, as while a batch grows
-            self._watch.pass_over_interlude()
+            self._watch.pass_over_interlude(self.interlude_until + 1)
         late_by = self._late_by_now()
         if late_by is not None and not self._may_be_corrected(late_by):
             self._step_back(soonest)

@@ -96,9 +96,10 @@ class PlanWatch:
         self._times_s.clear()
         self.from_iteration = next_iteration
 
-    def pass_over_interlude(self) -> None:
+    def pass_over_interlude(self, next_iteration: int) -> None:
         """Nothing in it can be compared; the next one comes after as many iterations under the plan as the first."""
         self.newest_planned.clear()
+        self.from_iteration = next_iteration
 
     def compare(self, values: Mapping[int, float]) -> Interval | None:
         """How much of something iterations take under the plan, as a share of what they take without.

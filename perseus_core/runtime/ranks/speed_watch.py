@@ -49,6 +49,7 @@ class SpeedWatch:
 
     Attributes:
         has_changed: a stage has been slower, or faster, than expected for some iterations in a row.
+        was_fine: in some iteration since `suspect` no rank was slower than expected.
     """
 
     def __init__(self, stages: NDArray[np.int32], threshold: float) -> None:
@@ -60,6 +61,7 @@ class SpeedWatch:
         """
         self._threshold = threshold
         self.has_changed = False
+        self.was_fine = True
         self._stages = stages
         self._num_stages = int(stages.max()) + 1
         self._streaks = np.zeros(self._num_stages, np.int64)
@@ -104,6 +106,7 @@ class SpeedWatch:
             slowest = int((as_slow & held).argmax())
         if slowness[slowest] <= self._threshold:
             self._newest = None
+            self.was_fine = True
             return None
         self._newest = SlowRank(
             slowest,
@@ -128,15 +131,17 @@ class SpeedWatch:
         self._patience = min(2 * self._patience, _MOST_REACTION_ITERATIONS)
         self.skip()
 
-    def react_soon(self) -> None:
-        """If it happens again, something must be done about it at once."""
+    def suspect(self) -> None:
+        """If it goes on like this without a fine iteration between, something must be done about it at once."""
         self._patience = _REACTION_ITERATIONS
+        self.was_fine = False
 
     def forget(self) -> None:
         """What is expected has changed."""
         self.skip()
         self._flagged[:] = False
         self._newest = None
+        self.was_fine = True
 
     # While nobody sets clocks
 
