@@ -27,6 +27,8 @@ from perseus_core.commands.measurement.steps.unlocked import measure_as_before, 
 from perseus_core.commands.measurement.steps.waiting_power import measure_waiting_power
 from perseus_core.gpu import simulated
 from perseus_core.gpu.simulated import SimulatedNode, read_clock_requests
+from perseus_core.runtime.side_threads import OwnThreads, SideThread
+from perseus_core.runtime.side_threads import Step as SideStep
 from tests.runtime.simulated_machine import locked_range
 
 Machine = Callable[..., SimulatedNode]
@@ -246,6 +248,34 @@ def test_a_gpu_without_a_counter(machine: Machine) -> None:
     simulated.faults.remove_support(node.gpus[0], "nvmlDeviceGetTotalEnergyConsumption")
     with pytest.raises(NotMeasured, match="no energy counter"):
         measure_counter(bench())
+
+
+class _LateThreads(OwnThreads):
+    """In virtual time: each step of the first thread comes later than asked for by the first number, and so on."""
+
+    def __init__(self, *late_s: float) -> None:
+        super().__init__()
+        self._late_s, self._now_s = iter(late_s), 0.0
+
+    def now_s(self) -> float:
+        return self._now_s
+
+    def start(self, name: str, step: SideStep) -> SideThread:
+        late_s = next(self._late_s)
+        while (wait := step()) is not None:
+            assert isinstance(wait, float)
+            self._now_s += wait + late_s
+        return super().start(name, lambda: None)
+
+
+def test_how_late_a_side_thread_comes(machine: Machine) -> None:
+    """Exactly, however busy this machine is: alone, beside Python and beside training, each for itself."""
+    machine()
+    found = measure_lateness(replace(bench(), threads=_LateThreads(0.001, 0.02, 0.0005)))
+    assert found.alone.p95_s == pytest.approx(0.001)
+    assert found.beside_python.p95_s == pytest.approx(0.02)
+    assert found.beside_training.p95_s == pytest.approx(0.0005)
+    assert found.verdict.standing is Standing.DIFFERS
 
 
 @where_there_is_time
