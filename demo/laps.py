@@ -18,7 +18,9 @@ import torch
 from perseus_core.gpu.simulated import open_node
 
 # Iterations under the newest plan that are worth a comparison: with interludes without it before, between and after.
-_ENOUGH = 40
+# Where a busy machine leaves it uncertain what the plan costs, by more than this share of the time, more are worth it.
+_ENOUGH, _MOST = 40, 120
+_CERTAIN = 0.01
 
 
 class Laps:
@@ -61,7 +63,7 @@ class Laps:
     def are_enough(self, most: int) -> bool:
         """Whether there is something to show, on all ranks alike: rank 0 says so.
 
-        A plan has run for a while, or was given up.
+        A plan has run until it is certain what it costs, or was given up.
 
         Args:
             most: laps after which it is enough in any case.
@@ -70,9 +72,16 @@ class Laps:
         newest = laps[-1]["plan"] if laps else 0
         under_it = sum(lap["follows_plan"] and lap["plan"] == newest for lap in laps)
         given_up = any(lap["plan"] for lap in laps) and laps[-1]["phase"] in ("measure only", "stepped aside")
-        enough = torch.tensor([int(len(laps) >= most or under_it >= _ENOUGH or given_up)])
+        has_shown = under_it >= (_ENOUGH if self._is_certain() else _MOST)
+        enough = torch.tensor([int(len(laps) >= most or has_shown or given_up)])
         torch.distributed.broadcast(enough, 0)
         return bool(enough.item())
+
+    def _is_certain(self) -> bool:
+        """Whether it is known how much longer an iteration takes under the plan."""
+        session = self._session()
+        low, high = (0.0, 0.0) if session is None else session.status().slowdown_between
+        return 0 < high - low <= 2 * _CERTAIN
 
     def close(self) -> None:
         """Writes the file."""
