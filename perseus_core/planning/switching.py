@@ -98,6 +98,8 @@ NOTHING_SEEN = SeenChanges()
 AT_ONCE = Switching()
 # By so much a thread beside training predicts the end of an instruction wrong.
 USUAL_JITTER_S = 0.001
+# What seems to be more is a busy machine: plans that reckon with it save nothing.
+MOST_JITTER_S = 0.02
 
 
 def changes_per_iteration(clocks_of_stage: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from perseus_core.documents import load_document, save_document
 from perseus_core.errors import InputError
 from perseus_core.gpu.simulated import ENVIRONMENT_VARIABLE
-from perseus_core.planning.switching import USUAL_JITTER_S, Switching
+from perseus_core.planning.switching import MOST_JITTER_S, USUAL_JITTER_S, Switching
 from perseus_core.runtime.settings import USUAL_CHANGES_PER_S, Settings
 
 FORMAT, VERSION = "perseus-gpu-measurements", 1
@@ -108,6 +108,16 @@ class GpuMeasurements:
         """Of its period, what the energy counter measures; 0 for all of it."""
         return 0.0 if self.counter_window_s >= _WHOLE * self.counter_period_s else self.counter_window_s
 
+    @property
+    def doubt(self) -> str:
+        """Why the figures may be those of a busy machine; empty where nothing says so."""
+        if self.jitter_s <= MOST_JITTER_S:
+            return ""
+        return (
+            f"changes of clock were seen to come {1e3 * self.jitter_s:.0f} ms too early or too late, as on a machine "
+            f"that is busy; plans reckon with {1e3 * MOST_JITTER_S:.0f} ms; measure again while nothing else runs"
+        )
+
     def switching(self, settings: Settings) -> Switching:
         """What changes of clock take: as the user has set it, else as it was measured, else as it usually is."""
         told = settings.switching
@@ -118,7 +128,7 @@ class GpuMeasurements:
         return Switching(
             measured.up_s or measured.down_s or told.up_s,
             measured.down_s or measured.up_s or told.down_s,
-            max(USUAL_JITTER_S, measured.jitter_s),
+            min(MOST_JITTER_S, max(USUAL_JITTER_S, measured.jitter_s)),
             most,
             self.call_s,
         )

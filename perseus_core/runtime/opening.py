@@ -183,6 +183,10 @@ def _measured_before(settings: Settings, device: Device, job: Job) -> GpuMeasure
         try:
             measured = GpuMeasurements.load(path)
             measured.require(device.name, path)
+            if job.rank == 0:
+                logger.info("changes of clock are taken to last what was measured: %s", path)
+            if job.rank == 0 and measured.doubt:
+                logger.warning("%s: %s", path, measured.doubt)
             return measured
         except PerseusError as error:
             if job.rank == 0:

@@ -65,6 +65,9 @@ class Figures:
         return {name: value for name, value in known.items() if value}
 
 
+NO_FIGURES = Figures()
+
+
 @dataclass(frozen=True)
 class SessionStatus:
     """Where a session stands. Energies count one GPU for each stage. What was measured under plans rank 0 knows.
@@ -165,6 +168,8 @@ class Reporter:
                 say("planning anew for the speed that the GPUs have now")
             elif decisions.reason is Reason.RECOVERED:
                 say("planning anew: the GPU that was slow may have recovered")
+            elif decisions.reason is Reason.RESIZED and baseline is not None:
+                say("planning anew; baseline: %d microbatches, %s", baseline.num_microbatches, _in_words(baseline))
             elif decisions.reason is Reason.SLOWER and plan is not None:
                 say(
                     "iterations take %s time beside those without a plan, allowed are %+.2f %%: correcting the plan by "

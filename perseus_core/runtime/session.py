@@ -37,7 +37,7 @@ from perseus_core.runtime.ranks.store import Store, StoreError
 from perseus_core.runtime.replan.background_planner import BackgroundPlanner
 from perseus_core.runtime.replan.plan_message import StagePlan
 from perseus_core.runtime.replan.rank_report import RankReport, said_orders
-from perseus_core.runtime.reporter import Figures, Reporter, SessionStatus
+from perseus_core.runtime.reporter import NO_FIGURES, Figures, Reporter, SessionStatus
 from perseus_core.runtime.settings import Settings
 from perseus_core.runtime.side_threads import SideThreads
 
@@ -246,7 +246,8 @@ class Session:
     def status(self) -> SessionStatus:
         """Where the session stands."""
         baseline, plan = self._order.baseline, self._order.plan_for(self._order.usual_microbatches)
-        progress, figures = self._meter.sweep_progress, self._figures
+        progress = self._meter.sweep_progress
+        figures = self._figures if plan is not None else NO_FIGURES
         return SessionStatus(
             Phase.STEPPED_ASIDE if self._failed else self._order.phase,
             self._iteration,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -175,3 +176,33 @@ def test_a_gpu_that_is_disturbed_now_and_then_costs_no_saving_for_long() -> None
         assert status.promised_saving > 0.13
         assert status.saving == pytest.approx(status.promised_saving, abs=0.015)
         assert late(cluster, after=-10) < 0.01
+
+
+class SlowAtSetClocks:
+    """A GPU whose instructions take longer while a clock is locked, whichever."""
+
+    def __init__(self, gpu: VirtualGpu, factor: float) -> None:
+        self._lock, self._reset, self._gpu, self._factor = gpu.lock_clock, gpu.reset_clock, gpu, factor
+        gpu.lock_clock, gpu.reset_clock = self._lock_clock, self._reset_clock  # type: ignore[method-assign]
+
+    def _lock_clock(self, clock_mhz: int) -> None:
+        self._lock(clock_mhz)
+        self._gpu.slow_down(self._factor)
+
+    def _reset_clock(self) -> None:
+        self._reset()
+        self._gpu.slow_down(1.0)
+
+
+@pytest.mark.parametrize(("interval", "factor"), [(20, 1.04), (60, 1.04), (40, 1.1), (200, 1.1)])
+def test_a_plan_that_has_been_good_for_long_is_given_up_as_soon_as_a_new_one(interval: int, factor: float) -> None:
+    """What interludes found before says nothing of now."""
+    with job(replace(SETTINGS, interlude_interval=interval)) as cluster:
+        cluster.run_iterations(240)
+        assert cluster.session(0).status().plan == 1
+        SlowAtSetClocks(cluster.ranks[2].gpu, factor)
+        cluster.run_iterations(80)
+        times_s = cluster.iteration_times_s()
+        baseline_s = statistics.median(times_s[3:8])
+        assert sum(time_s > 1.01 * baseline_s for time_s in times_s[240:]) <= 30, cluster.log_text
+        assert late(cluster, after=-20) < 0.01

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from perseus_core.gpu.device import ThrottleReason
+from perseus_core.planning.schedule import one_f_one_b
 from perseus_core.runtime.ranks.order import Phase
 from perseus_core.runtime.session import Session
 from perseus_core.runtime.settings import Settings
@@ -244,3 +245,32 @@ def test_a_job_without_rank_0s_session_hears_so_once() -> None:
     job.cluster.run_for(15.0)
     (line,) = job.cluster.log
     assert "rank 0 has not opened a session" in line.text
+
+
+@pytest.mark.parametrize("num_microbatches", [4, 12])
+def test_iterations_of_another_size_for_good_are_held_to_a_baseline_of_their_own(num_microbatches: int) -> None:
+    """As when a batch has grown: a plan that makes them late is corrected or given up."""
+    settings = replace(QUICK, profile_clocks=5)
+    with Cluster(
+        seed=1, stages=4, microbatches=8, profile="gpt3-6.7b_a100_4stages.csv", time_scale=1.0, settings=settings
+    ) as cluster:
+        while "measured in iterations" not in cluster.log_text:
+            cluster.run_iterations(5)
+        cluster.job.change(one_f_one_b(4, num_microbatches))
+        changed = cluster.job.num_ended
+        while f"baseline: {num_microbatches} microbatches" not in cluster.log_text:
+            cluster.run_iterations(5)
+            assert cluster.job.num_ended < MOST_ITERATIONS, cluster.log_text
+        unlocked_s = statistics.median(cluster.iteration_times_s()[changed + 4 : changed + 10])
+        cluster.run_iterations(20)
+        status = cluster.session(0).status()
+        assert status.baseline_time_s == pytest.approx(unlocked_s, rel=0.01)
+        assert statistics.median(cluster.iteration_times_s()[-5:]) == pytest.approx(unlocked_s, rel=0.01)
+        assert status.saving == pytest.approx(status.promised_saving, abs=0.015)
+        gpu = cluster.ranks[2].gpu
+        gpu.disobeyed_mhz = frozenset(clock for clock in gpu.model.clocks_mhz if clock > 1000)
+        while "left to the driver" not in cluster.log_text:
+            cluster.run_iterations(5)
+            assert cluster.job.num_ended < MOST_ITERATIONS, cluster.log_text
+        late = sum(time_s > 1.02 * unlocked_s for time_s in cluster.iteration_times_s()[changed + 60 :])
+        assert late <= 30

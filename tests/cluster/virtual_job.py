@@ -131,16 +131,14 @@ def steps_of(schedule: Schedule) -> list[list[_Step]]:
 class VirtualStage:
     """The tensor-parallel group of one stage of one pipeline."""
 
-    def __init__(
-        self, job: VirtualJob, ranks: Sequence[Rank], work: Work, steps: Sequence[_Step], pipeline: int
-    ) -> None:
+    def __init__(self, job: VirtualJob, ranks: Sequence[Rank], work: Work, stage: int, pipeline: int) -> None:
         """Has no work yet.
 
         Args:
             job: which it is part of.
             ranks: the group.
             work: what the group's GPUs share.
-            steps: its instructions in order.
+            stage: which of its pipeline's.
             pipeline: which of the job's.
         """
         self.ranks = ranks
@@ -149,9 +147,10 @@ class VirtualStage:
         self._queue = job.queue
         self._gpus = [rank.gpu for rank in ranks]
         self._work = work
-        self._steps = steps
-        self._calls = [step.call for step in steps]
+        self._stage = stage
+        self._steps: Sequence[_Step] = ()
         self._given: list[list[Mark]] = []
+        self.num_given = 0
         self._marks: list[Mark] = []
         self._position = 0
         self._is_computing = False
@@ -163,9 +162,11 @@ class VirtualStage:
 
     def give_iteration(self) -> None:
         """Each rank's host goes through the next iteration."""
-        calls = self._calls
+        shape = self._job.shape_of(self.num_given)
+        self.num_given += 1
+        calls = [step.call for step in shape.steps[self._stage]]
         marks = [Mark() for _ in range(2 * len(calls) + 2)]
-        num_microbatches = self._job.schedule.num_microbatches
+        num_microbatches = shape.schedule.num_microbatches
         for rank in self.ranks:
             session = rank.session
             if session is None:
@@ -190,6 +191,7 @@ class VirtualStage:
     def begin_iteration(self) -> None:
         """The GPUs begin what was given next."""
         self._marks = self._given.pop(0)
+        self._steps = self._job.shape_of(self._job.num_ended).steps[self._stage]
         self._marks[0].reach(self._queue.now_s)
         self._position = 0
         self._go_on_if_possible()
@@ -253,12 +255,27 @@ class VirtualStage:
             self._job.pipelines[self.pipeline][stage].go_on_if_possible()
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What iterations run from one on.
+
+    Attributes:
+        from_iteration: counted from 0.
+        schedule: of every pipeline.
+        steps: of each stage.
+    """
+
+    from_iteration: int
+    schedule: Schedule
+    steps: list[list[_Step]]
+
+
 class VirtualJob:
     """All pipelines. They end every iteration together.
 
     Attributes:
         queue: what happens.
-        schedule: of every pipeline.
+        schedule: of every pipeline, of the first iterations.
         pipelines: each a stage after the other.
         done: for each pipeline, which of its instructions have ended in this iteration.
         give_next_at: a stage's hosts give it the next iteration when it begins this instruction, counted from 0.
@@ -292,16 +309,15 @@ class VirtualJob:
         self._factors = [max(0.5, 1 + time_noise * random_numbers.gauss(0, 1)) for _ in range(9973)]
         self._factor = 0
         self._num_stages_done = 0
-        self._steps = steps_of(schedule)
-        self._num_steps = len(schedule.instructions)
+        self._shapes = [_Shape(0, schedule, steps_of(schedule))]
 
     def add_stage(self, ranks: Sequence[Rank], work: Work) -> None:
         """Adds the next stage, of the present pipeline until that has all, else of a new one."""
         if not self.pipelines or len(self.pipelines[-1]) == self.schedule.num_stages:
             self.pipelines.append([])
-            self.done.append(bytearray(self._num_steps))
+            self.done.append(bytearray())
         stages = self.pipelines[-1]
-        stages.append(VirtualStage(self, ranks, work, self._steps[len(stages)], len(self.pipelines) - 1))
+        stages.append(VirtualStage(self, ranks, work, len(stages), len(self.pipelines) - 1))
 
     @property
     def stages(self) -> list[VirtualStage]:
@@ -313,6 +329,16 @@ class VirtualJob:
         for stage in self.stages:
             stage.give_iteration()
         self._begin()
+
+    def shape_of(self, iteration: int) -> _Shape:
+        """What an iteration runs."""
+        return next(shape for shape in reversed(self._shapes) if shape.from_iteration <= iteration)
+
+    def change(self, schedule: Schedule) -> None:
+        """Another schedule, of the same stages, from the next iteration on that no host has given yet."""
+        next_iteration = max(stage.num_given for stage in self.stages)
+        self._shapes.append(_Shape(next_iteration, schedule, steps_of(schedule)))
+        self.give_next_at = min(self.give_next_at, min(len(order) for order in schedule.stages) // 2)
 
     def time_factor(self) -> float:
         """The next execution's time over the profile's."""
@@ -333,7 +359,8 @@ class VirtualJob:
 
     def _begin(self) -> None:
         self._num_stages_done = 0
-        self.done = [bytearray(self._num_steps) for _ in self.pipelines]
+        num_instructions = len(self.shape_of(self.num_ended).schedule.instructions)
+        self.done = [bytearray(num_instructions) for _ in self.pipelines]
         for stage in self.stages:
             stage.begin_iteration()
 

@@ -17,7 +17,7 @@ from perseus_core.commands.measurement.step_list import STEPS, STEPS_BY_NAME, St
 from perseus_core.commands.measurement.steps.call_price import Price, harmless_rate, measure_prices
 from perseus_core.commands.measurement.steps.counter import measure_counter
 from perseus_core.commands.measurement.steps.holding import measure_holding
-from perseus_core.commands.measurement.steps.latency import measure_latency
+from perseus_core.commands.measurement.steps.latency import jitter_s, measure_latency
 from perseus_core.commands.measurement.steps.lateness import Lateness, measure_lateness
 from perseus_core.commands.measurement.steps.lock_call import measure_lock_calls
 from perseus_core.commands.measurement.steps.plateau import measure_plateau
@@ -168,6 +168,13 @@ def test_latencies_that_nobody_would_guess(machine: Machine) -> None:
     assert 0.004 < found.jitter_s < 0.02
     assert found.register_lag_s == pytest.approx(0.1, abs=0.02)
     assert found.verdict.standing is Standing.DIFFERS
+
+
+def test_changes_that_are_seen_much_too_late_are_no_jitter() -> None:
+    """As on a busy machine, one in five."""
+    times_s = [0.09 + 0.02 * i / 40 for i in range(41)]
+    assert jitter_s(times_s) == pytest.approx(0.009)
+    assert jitter_s([*times_s, *[0.7] * 10]) < 0.015
 
 
 @where_there_is_time

@@ -12,7 +12,7 @@ import pytest
 
 from perseus_core.errors import InputError
 from perseus_core.planning.schedule import one_f_one_b
-from perseus_core.planning.switching import USUAL_JITTER_S, Switching
+from perseus_core.planning.switching import MOST_JITTER_S, USUAL_JITTER_S, Switching
 from perseus_core.runtime.gpu_measurements import GpuMeasurements
 from perseus_core.runtime.job import Job
 from perseus_core.runtime.measure.profile_cache import ProfileKey
@@ -83,6 +83,22 @@ def test_a_session_takes_it(path: str, tmp_path: Path) -> None:
             prepared = prepare(settings, job(rank), lambda: device_of(node), OwnThreads())
             assert prepared.switching == Switching(0.09, 0.04, 0.01, 5, 0.02)
             assert prepared.counter_window_s == 0.025
+
+
+def test_what_a_busy_machine_measured_is_not_believed(
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Plans that reckon with a jitter of a third of a second save nothing; rank 0 says so."""
+    replace(MEASURED, jitter_s=0.318).save(path, about={}, steps=[])
+    settings = Settings(enabled=True, gpu_measurements=path, profile_cache="off")
+    with simulated_machine(tmp_path) as node, caplog.at_level(logging.WARNING):
+        for rank in (0, 1):
+            prepared = prepare(settings, job(rank), lambda: device_of(node), OwnThreads())
+            assert prepared.switching is not None
+            assert prepared.switching.jitter_s == MOST_JITTER_S
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "318 ms too early or too late" in line
+    assert MEASURED.doubt == ""
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,10 @@ from perseus_core.runtime.ranks.plan_watch import PlanWatch, Verdict
 from perseus_core.runtime.ranks.records import StateFlag
 from perseus_core.runtime.ranks.speed_watch import SlowRank, SpeedWatch
 
-# Iterations without a plan of their own that come so often get one.
+# Iterations without a plan of their own that come so often get one; after so many in a row under it they are the usual
+# ones.
 _OFTEN = 10
+_FOR_GOOD = 30
 _MOST_COOL_PATIENCE = 1000
 # What is measured at a clock lasts so long at least: some moves of the energy counter.
 _LEAST_MEASURED_S = 0.5
@@ -141,6 +143,9 @@ class Decisions:
         self._corrections = 0
         self._late_by = math.inf  # when the plan was last corrected, as a share of the limit
         self._others: dict[int, int] = {}
+        # Iterations in a row with one number of microbatches that is not the baseline's, under a plan of their own.
+        self._new_size = self._num_of_new_size = 0
+        self._new_size_time_of: dict[int, float] = {}
         self._cool_iterations = 0
         self._cool_patience = 10
         self._is_speed_corrected = False
@@ -259,12 +264,14 @@ class Decisions:
             self._time_of[iteration] = time_s
             self._forget_old(self._time_of, iteration)
         self._newest = iteration
+        self._note_resized(iteration, num_microbatches, time_s, has_plan=bool((times["expected_s"] > 0).any()))
         if self._is_unplanned(iteration):
             is_settled = self.from_iteration < iteration < self.interlude_until
-            if is_settled and self.baseline is not None and num_microbatches == self.baseline.num_microbatches:
+            usual = 0 if self.baseline is None else self.baseline.num_microbatches
+            if is_settled and num_microbatches == (self._new_size if self._interlude_for is Reason.RESIZED else usual):
                 self._speeds.note_unlocked(times["seen_s"])
             return
-        if self._watch is None or iteration >= self._watch.from_iteration:
+        if self._watch is not None and iteration >= self._watch.from_iteration:
             slow = self._speeds.note(iteration, times["seen_s"], times["expected_s"], times["throttled"])
             conclusions.slow_rank = conclusions.slow_rank or slow
         if self.phase in (Phase.RUN, Phase.INTERLUDE) and self._watch is not None:
@@ -273,6 +280,18 @@ class Decisions:
                 conclusions.verdicts += () if verdict is None else (verdict,)
             else:
                 self._count_other(num_microbatches, conclusions)
+
+    def _note_resized(self, iteration: int, num_microbatches: int, time_s: float, *, has_plan: bool) -> None:
+        """Counts iterations that no baseline was measured for: nobody judges their plan."""
+        if self.baseline is None or num_microbatches == self.baseline.num_microbatches:
+            self._new_size = self._num_of_new_size = 0
+        elif num_microbatches != self._new_size:
+            self._new_size, self._num_of_new_size = num_microbatches, 0
+            self._new_size_time_of.clear()
+        elif not self._is_unplanned(iteration):
+            self._num_of_new_size += has_plan
+        elif self.from_iteration < iteration < self.interlude_until:
+            self._new_size_time_of[iteration] = time_s
 
     def _count_other(self, num_microbatches: int, conclusions: Conclusions) -> None:
         count = self._others[num_microbatches] = self._others.get(num_microbatches, 0) + 1
@@ -365,6 +384,9 @@ class Decisions:
         return self.phase is Phase.INTERLUDE and self.from_iteration <= iteration <= self.interlude_until
 
     def _end_interlude(self, soonest: int, conclusions: Conclusions) -> None:
+        if self._interlude_for is Reason.RESIZED:
+            self._take_new_size(soonest)
+            return
         unplanned = [i for i in range(self.from_iteration + 1, self.interlude_until) if i in self._time_of]
         self._enter(Phase.RUN, self.interlude_until)  # as it does already
         self._interlude_ended = self.interlude_until
@@ -383,9 +405,10 @@ class Decisions:
                 return
             conclusions.disobeying = disobeying
         if unplanned:
-            if self._interlude_for is not None:
+            if self._interlude_for is not None or disobeying is not None:
                 self._watch.interludes.clear()  # GPUs were faster, or slower, then
             self._watch.end_interlude(unplanned, self.interlude_until + 1)
+            self._watch.forget_what_is_over(self._time_of)
             self._renew_baseline()
         else:  # other numbers of microbatches came, as while a batch grows
             self._watch.pass_over_interlude(self.interlude_until + 1)
@@ -396,6 +419,20 @@ class Decisions:
             self._start_collection(self._interlude_for, soonest)
         elif late_by is not None:
             self._start_collection(Reason.SLOWER, soonest)
+
+    def _take_new_size(self, soonest: int) -> None:
+        """The baseline is that of the iterations that come now; their plan is made, and judged, by it."""
+        self._enter(Phase.RUN, self.interlude_until)
+        num_microbatches, times_s = self._new_size, dict(self._new_size_time_of)
+        self._new_size = self._num_of_new_size = 0
+        if not num_microbatches or not times_s:
+            self._speeds.forget_unlocked()
+            return  # the usual ones are back, or again others have come
+        self._speeds.end_unlocked(is_comparable=False)
+        self._time_of, self._baseline_iterations = times_s, dict(times_s)  # their energies are told later
+        energy_j = self.iteration_energy_j(list(times_s)) or 0.0
+        self.baseline = Baseline(num_microbatches, statistics.median(times_s.values()), energy_j)
+        self._start_collection(Reason.RESIZED, soonest)
 
     def _take_speed_change(self) -> None:
         self._speeds.react()
@@ -442,8 +479,11 @@ class Decisions:
         # Above the limit it is looked at more closely, but not for ever: it may be noise.
         assert self.baseline is not None, "plans were made for one"
         limit_s = self.baseline.time_s * watch.allowed * (1 + self._limits.tolerance)
-        is_over = verdict is not None and verdict.time_s > limit_s
-        return is_over and since >= len(watch.interludes) * watch.window
+        if verdict is None or verdict.time_s <= limit_s:
+            return False
+        found = self.time_ratio()
+        is_new = found is not None and verdict.time_s > self.baseline.time_s * found.high
+        return is_new or since >= len(watch.interludes) * watch.window
 
     def _step_back(self, soonest: int) -> None:
         """Plans did not keep their promise, or a clock cannot be set: clocks are left to the driver for good."""
@@ -458,7 +498,9 @@ class Decisions:
 
     def _react(self, soonest: int, conclusions: Conclusions) -> None:
         verdict = conclusions.verdicts[-1] if conclusions.verdicts else None
-        if self._speeds.has_changed and self._watch is not None:
+        if self._num_of_new_size >= _FOR_GOOD and self._watch is not None:
+            self._start_interlude(Reason.RESIZED, soonest)
+        elif self._speeds.has_changed and self._watch is not None:
             self._take_speed_change()
             self._start_interlude(Reason.SPEED_CHANGED, soonest)
         elif self._is_speed_corrected and self._cool_iterations >= self._cool_patience:

@@ -35,6 +35,7 @@ class Reason(Enum):
     SLOWER = "slower than allowed"
     SPEED_CHANGED = "a GPU changed its speed"
     RECOVERED = "a GPU may be as fast as before"
+    RESIZED = "iterations have another number of microbatches"
 
 
 @dataclass(frozen=True)

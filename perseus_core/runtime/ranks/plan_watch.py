@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from perseus_core.runtime.ranks.comparison import Interval, ratio
@@ -108,10 +108,24 @@ class PlanWatch:
             values: by iteration, as far as known; above 0.
         """
 
+        return self._compared(self.interludes, values)
+
+    def _compared(self, interludes: Iterable[Interlude], values: Mapping[int, float]) -> Interval | None:
         def known(iterations: Sequence[int]) -> list[float]:
             return [values[i] for i in iterations if i in values]
 
-        return ratio([(known(each.planned), known(each.unplanned)) for each in self.interludes])
+        return ratio([(known(each.planned), known(each.unplanned)) for each in interludes])
+
+    def forget_what_is_over(self, times_s: Mapping[int, float]) -> None:
+        """Keeps only the newest interlude where it shows that the plan costs another time than it did before.
+
+        Args:
+            times_s: of iterations.
+        """
+        *older, newest = self.interludes
+        now, before = self._compared([newest], times_s), self._compared(older, times_s)
+        if now is not None and before is not None and (now.low > before.high or now.high < before.low):
+            self.interludes = deque([newest], self.interludes.maxlen)
 
     def _complete_interlude(self, iteration: int) -> None:
         if self._since_interlude is None:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 # How many iterations in a row before anything but a log line follows; twice as many after each reaction. Where the GPU
 # itself says that it is held down fewer will do than where anything may have disturbed it.
 _REACTION_ITERATIONS = 3
-_UNEXPLAINED_FACTOR = 3
+_UNEXPLAINED_FACTOR = 2
 # As a share; what is so much slower is no disturbance, or costs too much to wait and see.
 _FAR_SLOWER = 0.15
 _MOST_REACTION_ITERATIONS = 200
@@ -96,7 +96,8 @@ class SpeedWatch:
         explained = np.zeros(self._num_stages, bool)
         explained[self._stages[held]] = True
         self._streaks = np.where(np.abs(of_stage) > self._threshold, self._streaks + 1, 0)
-        patience = self._patience * np.where(explained | (of_stage > _FAR_SLOWER), 1, _UNEXPLAINED_FACTOR)
+        soon = explained | (of_stage > _FAR_SLOWER) | (not self.was_fine)
+        patience = self._patience * np.where(soon, 1, _UNEXPLAINED_FACTOR)
         self.has_changed = bool((self._streaks >= patience).any())
         slowest = int(slowness.argmax())
         # Tensor-parallel ranks end together with the slowest of them: the one whose GPU says why is meant.
@@ -153,12 +154,16 @@ class SpeedWatch:
         """These iterations cannot be compared with others."""
         self._unlocked.clear()
 
-    def end_unlocked(self) -> None:
-        """A plan, or a sweep, follows: what was taken in is compared with what was taken in before the last one."""
+    def end_unlocked(self, *, is_comparable: bool = True) -> None:
+        """A plan, or a sweep, follows: what was taken in is compared with what was taken in before the last one.
+
+        Args:
+            is_comparable: the iterations are as long as those were.
+        """
         if not self._unlocked:
             self._unlocked_ratio = None
             return
-        now, before = np.median(self._unlocked, axis=0), self._unlocked_before
+        now, before = np.median(self._unlocked, axis=0), self._unlocked_before if is_comparable else None
         is_known = (now > 0) & (False if before is None else before > 0)
         self._unlocked_ratio = None if before is None or not is_known.all() else now / before
         self._unlocked_before = now

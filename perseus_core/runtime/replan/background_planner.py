@@ -97,7 +97,7 @@ class BackgroundPlanner:
                     self._planner.take_speeds(report.stretches)
                 elif reason is Reason.RECOVERED:
                     self._planner.forget_corrections()
-                else:
+                elif reason is Reason.SLOWER:
                     self._planner.correct(report.stretches, measured_time_s, baseline.time_s)
                 self._planner.take_baseline(baseline, report.pipeline_time_s)
             return self._new_plan()

@@ -19,7 +19,7 @@ from perseus_core.planning.problem import PipelineProblem
 from perseus_core.planning.profile import Profile
 from perseus_core.planning.schedule import Instruction, InstructionType, Placement, Schedule
 from perseus_core.planning.solver import solve
-from perseus_core.planning.switching import AT_ONCE, SeenChanges, Switching
+from perseus_core.planning.switching import AT_ONCE, MOST_JITTER_S, SeenChanges, Switching
 from perseus_core.runtime.log import logger
 from perseus_core.runtime.measure.recorder import Step
 from perseus_core.runtime.measure.stage_gpu import StageGpu
@@ -28,7 +28,7 @@ from perseus_core.runtime.replan.correction import Stretches, corrected
 from perseus_core.runtime.replan.plan_message import PlanMessage
 
 # By how much more clocks rise early and fall late, in a plan that follows a late one.
-_MORE_JITTER, _MOST_JITTER_S = 3.0, 0.02
+_MORE_JITTER = 3.0
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class JobPlanner:
         problem = self._problem(plan.summary.num_microbatches)
         explained_s = problem.dag.iteration_time_s(_stretched(plan, stretches)) + problem.outside_time_s
         # Clocks may have risen too late, and fallen too early: threads beside training come late on a busy machine.
-        jitter_s = min(_MOST_JITTER_S, _MORE_JITTER * self._switching.jitter_s)
+        jitter_s = min(MOST_JITTER_S, _MORE_JITTER * self._switching.jitter_s)
         self._switching = replace(self._switching, jitter_s=jitter_s)
         self._margin_s += max(0.0, measured_time_s / drift - max(explained_s, plan.summary.promised_time_s))
 
@@ -180,7 +180,9 @@ class JobPlanner:
             pipeline_time_s: as in `MeasuredJob`; 0 if it is not known anew.
         """
         assert self.job is not None, "there are measurements"
-        self.job = replace(self.job, baseline=baseline, pipeline_time_s=pipeline_time_s or self.job.pipeline_time_s)
+        is_as_long = baseline.num_microbatches == self.job.baseline.num_microbatches
+        known_s = pipeline_time_s or (self.job.pipeline_time_s if is_as_long else 0.0)
+        self.job = replace(self.job, baseline=baseline, pipeline_time_s=known_s)
         self._calibrate()
 
     def forget_corrections(self) -> None:

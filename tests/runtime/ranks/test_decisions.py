@@ -580,6 +580,26 @@ def test_a_gpu_that_does_not_obey_is_named_and_its_plan_is_corrected_or_given_up
     assert (job.decisions.phase, job.decisions.plan) == (Phase.MEASURE_ONLY, 0)
 
 
+def test_another_number_of_microbatches_for_good_gets_a_baseline_of_its_own() -> None:
+    """Not while the usual one comes now and then, nor where it has no plan."""
+    job = profiled_job()
+    for number in range(100):
+        planned = 0.0 if job.decisions.phase is Phase.INTERLUDE else 1.5
+        job.iterate(num_microbatches=8 if number % 20 == 0 else 12, span_s=1.5, seen_s=1.5, expected_s=planned)
+        assert job.decisions.phase in (Phase.RUN, Phase.INTERLUDE)
+    for _ in range(100):
+        job.iterate(num_microbatches=16, span_s=2.0)
+        assert job.decisions.phase in (Phase.RUN, Phase.INTERLUDE)
+    for _ in range(100):
+        if job.decisions.phase is Phase.COLLECT:
+            break
+        planned = 0.0 if job.decisions.phase is Phase.INTERLUDE else 1.5
+        job.iterate(num_microbatches=12, span_s=1.6 if planned else 1.5, seen_s=1.5, expected_s=planned)
+    assert (job.decisions.phase, job.decisions.reason) == (Phase.COLLECT, Reason.RESIZED)
+    assert job.decisions.baseline is not None
+    assert (job.decisions.baseline.num_microbatches, job.decisions.baseline.time_s) == (12, pytest.approx(1.5))
+
+
 def test_one_rank_that_has_given_up_stops_all() -> None:
     """Half a plan is no plan, and it does not come back."""
     job = profiled_job()
