@@ -397,10 +397,12 @@ class Decisions:
         if self._interlude_for is Reason.RECOVERED and not self._speeds.may_be_faster_unlocked:
             self._interlude_for, self._is_speed_corrected = None, True
         disobeying = self._speeds.slow_at_set_clocks_only() if self._interlude_for is Reason.SPEED_CHANGED else None
-        if disobeying is not None:
+        is_over = self._speeds.is_over if self._interlude_for is Reason.SPEED_CHANGED else False
+        if disobeying is not None or is_over:
             self._interlude_for, self._is_speed_corrected = None, False
-            if self._speeds.was_fine:  # it may only have been disturbed
-                self._speeds.suspect()
+            if is_over or self._speeds.was_fine:  # it was disturbed, or may only have been
+                if not is_over:
+                    self._speeds.suspect()
                 self._watch.pass_over_interlude(self.interlude_until + 1)
                 return
             conclusions.disobeying = disobeying

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 # How many iterations in a row before anything but a log line follows; twice as many after each reaction. Where the GPU
 # itself says that it is held down fewer will do than where anything may have disturbed it.
 _REACTION_ITERATIONS = 3
-_UNEXPLAINED_FACTOR = 2
+_UNEXPLAINED_FACTOR = 3
 # As a share; what is so much slower is no disturbance, or costs too much to wait and see.
 _FAR_SLOWER = 0.15
 _MOST_REACTION_ITERATIONS = 200
@@ -67,6 +67,7 @@ class SpeedWatch:
         self._streaks = np.zeros(self._num_stages, np.int64)
         self._flagged = np.zeros(len(stages), bool)
         self._newest: SlowRank | None = None
+        self._has_slowed = False
         self._patience = _REACTION_ITERATIONS
         self._unlocked: list[NDArray[np.float64]] = []
         self._unlocked_before: NDArray[np.float64] | None = None
@@ -98,7 +99,9 @@ class SpeedWatch:
         self._streaks = np.where(np.abs(of_stage) > self._threshold, self._streaks + 1, 0)
         soon = explained | (of_stage > _FAR_SLOWER) | (not self.was_fine)
         patience = self._patience * np.where(soon, 1, _UNEXPLAINED_FACTOR)
-        self.has_changed = bool((self._streaks >= patience).any())
+        has_changed = self._streaks >= patience
+        self.has_changed = bool(has_changed.any())
+        self._has_slowed = bool((has_changed & (of_stage > 0)).any()) if self.has_changed else self._has_slowed
         slowest = int(slowness.argmax())
         # Tensor-parallel ranks end together with the slowest of them: the one whose GPU says why is meant.
         as_slow = (self._stages == self._stages[slowest]) & (slowness > slowness[slowest] - _AS_SLOW)
@@ -168,6 +171,11 @@ class SpeedWatch:
         self._unlocked_ratio = None if before is None or not is_known.all() else now / before
         self._unlocked_before = now
         self._unlocked.clear()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether what was slow for some iterations in a row was as fast as expected in the last one."""
+        return self._has_slowed and self._newest is None
 
     def slow_at_set_clocks_only(self) -> SlowRank | None:
         """The slowest rank, where nothing holds its clock down and it was as fast as before when nobody set it."""

@@ -79,16 +79,16 @@ def test_where_nothing_is_expected_nobody_is_slow() -> None:
 
 
 def test_three_iterations_in_a_row_are_enough_where_the_gpu_says_why() -> None:
-    """Six where anything may have disturbed it, but not where that costs too much."""
+    """Nine where anything may have disturbed it, but not where that costs too much."""
     assert Watched().until_changed(1.0, 1.0, 1.1, 1.0, held=2) == 3
-    assert Watched().until_changed(1.0, 1.0, 1.1, 1.0) == 6
-    assert Watched().until_changed(1.0, 1.0, 1.1, 1.0, held=0) == 6, "that one is of another stage"
+    assert Watched().until_changed(1.0, 1.0, 1.1, 1.0) == 9
+    assert Watched().until_changed(1.0, 1.0, 1.1, 1.0, held=0) == 9, "that one is of another stage"
     assert Watched().until_changed(1.0, 1.0, 1.3, 1.0) == 3
 
 
 def test_a_stage_that_is_faster_than_expected_changes_plans_too() -> None:
     """It has become fast again; one rank that is fast alone is no sign, since the slowest is what is expected."""
-    assert Watched().until_changed(0.9, 0.9, 1.0, 1.0) == 6
+    assert Watched().until_changed(0.9, 0.9, 1.0, 1.0) == 9
     job = Watched()
     for _ in range(50):
         job.note(0.8, 1.0, 1.0, 1.0)
