@@ -11,29 +11,40 @@
  * sum(cost(length) + flow * length) is the cost, and its least over all lengths, arc by arc, is below any cost. The run
  * stops when the two are near enough.
  */
-#include "heap.h"
 #include "network.h"
 
 #define EPSILON_FACTOR 8
 
+/* Side by side, because whoever looks at one of these looks at the others: most of the time goes into waiting for memory. */
+typedef struct {
+    int64_t moment, excess; /* excess: flow in - flow out */
+    int32_t distance;       /* to the nearest deficit, in epsilons */
+    int32_t next_incidence; /* ways before this one have no negative slack */
+    int32_t queued;
+} Node;
+
+/* A node in the list of those at one distance. */
+typedef struct {
+    int32_t node, next;
+} Entry;
+
 typedef struct {
     Network net; /* arcs sorted by the topological place of their tail; last the arc from sink to source */
     int32_t source;
-    int64_t *moment, *latest; /* latest: with which T is kept when all that follows is fastest */
-    int64_t *excess;          /* flow in - flow out */
+    Node *nodes;
+    int64_t *latest; /* per node: with which T is kept when all that follows is fastest */
     int64_t epsilon;
-    int32_t *next_incidence; /* per node: ways before this one have no negative slack */
 
     int32_t *queue; /* a ring: nodes with positive excess */
     int32_t queue_begin, queue_size;
-    uint8_t *queued;
 
-    int64_t *distance; /* per node: to the nearest deficit */
-    Heap nearest;
+    int32_t *nearest; /* per distance below num_nodes: the first entry of its list */
+    Entry *entries;
+    int32_t num_entries;
 } Scaler;
 
 static int64_t slack_of(const Scaler *s, int32_t way, int32_t from, int32_t to) {
-    return slack(&s->net, way, s->moment[to] - s->moment[from]);
+    return slack(&s->net, way, s->nodes[to].moment - s->nodes[from].moment);
 }
 
 /* ---- moments that keep T ---- */
@@ -49,15 +60,15 @@ static void find_latest(Scaler *s) {
 
 /* Moves moments as little as makes every arc at least as long as its fastest knot and the whole no longer than T. */
 static void make_feasible(Scaler *s) {
-    const int64_t origin = s->moment[s->source];
+    const int64_t origin = s->nodes[s->source].moment;
     for (int32_t v = 0; v < s->net.num_nodes; v++) {
-        s->moment[v] -= origin;
-        if (s->moment[v] < 0) s->moment[v] = 0;
-        if (s->moment[v] > s->latest[v]) s->moment[v] = s->latest[v];
+        s->nodes[v].moment -= origin;
+        if (s->nodes[v].moment < 0) s->nodes[v].moment = 0;
+        if (s->nodes[v].moment > s->latest[v]) s->nodes[v].moment = s->latest[v];
     }
     for (const Arc *arc = s->net.arcs; arc < s->net.arcs + s->net.num_arcs - 1; arc++) {
-        const int64_t earliest = s->moment[arc->tail] + s->net.length[arc->fastest];
-        if (earliest > s->moment[arc->head]) s->moment[arc->head] = earliest;
+        const int64_t earliest = s->nodes[arc->tail].moment + s->net.length[arc->fastest];
+        if (earliest > s->nodes[arc->head].moment) s->nodes[arc->head].moment = earliest;
     }
 }
 
@@ -75,7 +86,7 @@ static double cost(const Network *net, const Arc *arc, int64_t length) {
 static double gap(const Scaler *s) {
     double sum = 0;
     for (const Arc *arc = s->net.arcs; arc < s->net.arcs + s->net.num_arcs; arc++) {
-        const int64_t between = s->moment[arc->head] - s->moment[arc->tail], best = s->net.length[arc->knot];
+        const int64_t between = s->nodes[arc->head].moment - s->nodes[arc->tail].moment, best = s->net.length[arc->knot];
         sum += cost(&s->net, arc, between) - cost(&s->net, arc, best) + (double)arc->flow * (double)(between - best);
     }
     return sum;
@@ -84,17 +95,17 @@ static double gap(const Scaler *s) {
 /* ---- one phase ---- */
 
 static void enqueue(Scaler *s, int32_t node) {
-    if (s->queued[node]) return;
+    if (s->nodes[node].queued) return;
     const int32_t end = s->queue_begin + s->queue_size++;
     s->queue[end < s->net.num_nodes ? end : end - s->net.num_nodes] = node;
-    s->queued[node] = 1;
+    s->nodes[node].queued = 1;
 }
 
 static void move_flow(Scaler *s, int32_t way, int32_t from, int32_t to, int64_t amount) {
     push(&s->net, way, amount);
-    s->excess[from] -= amount;
-    s->excess[to] += amount;
-    if (s->excess[to] > 0) enqueue(s, to);
+    s->nodes[from].excess -= amount;
+    s->nodes[to].excess += amount;
+    if (s->nodes[to].excess > 0) enqueue(s, to);
 }
 
 /* Lets the flow of every arc rise or fall until no way has slack below -epsilon. */
@@ -108,32 +119,50 @@ static void relax(Scaler *s) {
     }
 }
 
+/* Enters a node in the list of its distance, unless it is known to be as near. The last list takes all that are farther, and
+ * what overflowed. */
+static void offer(Scaler *s, int32_t node, int64_t distance) {
+    if (distance < 0 || distance >= s->net.num_nodes) distance = s->net.num_nodes - 1;
+    if (distance >= s->nodes[node].distance) return;
+    s->nodes[node].distance = (int32_t)distance;
+    s->entries[s->num_entries] = (Entry){node, s->nearest[distance]};
+    s->nearest[distance] = s->num_entries++;
+}
+
 /* Moves every node later by its distance to the nearest deficit, at most that of the farthest excess: then each excess has a
- * path of negative slack to a deficit (the global update of Goldberg 1997). */
-static void move_towards_deficits(Scaler *s) {
-    int32_t num_to_find = 0;
-    int64_t farthest = 0;
+ * path of negative slack to a deficit (the global update of Goldberg 1997). Distances are counted in epsilons, rounded down: so
+ * lists serve instead of a heap. An excess can always go back to the deficit that it came from; false only after an overflow. */
+static int move_towards_deficits(Scaler *s) {
+    int32_t num_to_find = 0, farthest = 0;
+    s->num_entries = 0;
+    for (int32_t d = 0; d < s->net.num_nodes; d++) s->nearest[d] = NONE;
     for (int32_t v = 0; v < s->net.num_nodes; v++) {
-        s->distance[v] = UNBOUNDED;
-        num_to_find += s->excess[v] > 0;
-        if (s->excess[v] < 0) heap_offer(&s->nearest, v, 0, NONE);
+        s->nodes[v].distance = INT32_MAX;
+        num_to_find += s->nodes[v].excess > 0;
+        if (s->nodes[v].excess < 0) offer(s, v, 0);
     }
     while (num_to_find > 0) {
-        const int32_t node = s->nearest.entries[0].node;
-        farthest = s->distance[node] = s->nearest.entries[0].due;
-        heap_remove(&s->nearest, node);
-        num_to_find -= s->excess[node] > 0;
+        const int32_t entry = s->nearest[farthest];
+        if (entry == NONE) {
+            if (++farthest == s->net.num_nodes) return 0;
+            continue;
+        }
+        const int32_t node = s->entries[entry].node;
+        s->nearest[farthest] = s->entries[entry].next;
+        if (s->nodes[node].distance < farthest) continue; /* it was found to be nearer since */
+        num_to_find -= s->nodes[node].excess > 0;
         for (int32_t i = s->net.first_incidence[node]; i < s->net.first_incidence[node + 1]; i++) {
             const int32_t from = s->net.incidences[i].neighbour, way = s->net.incidences[i].way ^ 1;
-            if (s->distance[from] == UNBOUNDED && walkable(&s->net, way))
-                heap_offer(&s->nearest, from, farthest + slack_of(s, way, from, node) + s->epsilon, way);
+            if (s->nodes[from].distance > farthest && walkable(&s->net, way))
+                offer(s, from, farthest + (slack_of(s, way, from, node) + s->epsilon) / s->epsilon);
         }
     }
-    heap_clear(&s->nearest);
     for (int32_t v = 0; v < s->net.num_nodes; v++) {
-        s->moment[v] += s->distance[v] < farthest ? s->distance[v] : farthest;
-        s->next_incidence[v] = s->net.first_incidence[v];
+        Node *node = &s->nodes[v];
+        node->moment += s->epsilon * (node->distance < farthest ? node->distance : farthest);
+        node->next_incidence = s->net.first_incidence[v];
     }
+    return 1;
 }
 
 /* Moves a node later until one way from it has slack -epsilon. */
@@ -145,43 +174,44 @@ static void move_later(Scaler *s, int32_t node) {
         const int64_t room = slack_of(s, at.way, node, at.neighbour);
         if (room < least) least = room;
     }
-    s->moment[node] += least + s->epsilon;
-    s->next_incidence[node] = s->net.first_incidence[node];
+    s->nodes[node].moment += least + s->epsilon;
+    s->nodes[node].next_incidence = s->net.first_incidence[node];
 }
 
 /* Pushes a node's excess along ways of negative slack; true when some is left and the node had to move. */
 static int discharge(Scaler *s, int32_t node) {
-    while (s->excess[node] > 0) {
-        if (s->next_incidence[node] == s->net.first_incidence[node + 1]) {
+    while (s->nodes[node].excess > 0) {
+        if (s->nodes[node].next_incidence == s->net.first_incidence[node + 1]) {
             move_later(s, node);
             return 1;
         }
-        const Incidence at = s->net.incidences[s->next_incidence[node]];
+        const Incidence at = s->net.incidences[s->nodes[node].next_incidence];
         if (!walkable(&s->net, at.way) || slack_of(s, at.way, node, at.neighbour) >= 0) {
-            s->next_incidence[node]++;
+            s->nodes[node].next_incidence++;
             continue;
         }
         const int64_t most = capacity(&s->net, at.way);
-        move_flow(s, at.way, node, at.neighbour, most < s->excess[node] ? most : s->excess[node]);
+        move_flow(s, at.way, node, at.neighbour, most < s->nodes[node].excess ? most : s->nodes[node].excess);
     }
     return 0;
 }
 
-static void balance(Scaler *s) {
-    move_towards_deficits(s);
+static int balance(Scaler *s) {
+    if (!move_towards_deficits(s)) return 0;
     int32_t num_moved = 0;
     while (s->queue_size > 0) {
         const int32_t node = s->queue[s->queue_begin];
         if (++s->queue_begin == s->net.num_nodes) s->queue_begin = 0;
         s->queue_size--;
-        s->queued[node] = 0;
+        s->nodes[node].queued = 0;
         if (!discharge(s, node)) continue;
         enqueue(s, node);
-        if (++num_moved == 1 + s->net.num_nodes / 2) {
-            move_towards_deficits(s);
+        if (++num_moved == 1 + s->net.num_nodes / 4) {
+            if (!move_towards_deficits(s)) return 0;
             num_moved = 0;
         }
     }
+    return 1;
 }
 
 /* Takes over a flow that need not be balanced. */
@@ -190,24 +220,36 @@ static void set_flow(Scaler *s, const int64_t *flow) {
         Arc *arc = &s->net.arcs[a];
         arc->flow = flow[a];
         while (arc->knot > arc->fastest && arc->flow >= s->net.steepness[arc->knot - 1]) arc->knot--;
-        s->excess[arc->tail] -= flow[a];
-        s->excess[arc->head] += flow[a];
+        s->nodes[arc->tail].excess -= flow[a];
+        s->nodes[arc->head].excess += flow[a];
     }
     for (int32_t v = 0; v < s->net.num_nodes; v++)
-        if (s->excess[v] > 0) enqueue(s, v);
+        if (s->nodes[v].excess > 0) enqueue(s, v);
 }
+
+enum { FINISHED, INTERRUPTED, OVERFLOWED };
 
 static int scale(Scaler *s, double tolerance, PyObject *progress, PyThreadState **thread) {
     find_latest(s);
     make_feasible(s);
     for (;;) {
         relax(s);
-        balance(s);
+        if (!balance(s)) return OVERFLOWED;
         make_feasible(s);
-        if (s->epsilon == 1 || gap(s) <= tolerance) return 1;
-        if (!report(progress, s->epsilon, thread)) return 0;
+        if (s->epsilon == 1 || gap(s) <= tolerance) return FINISHED;
+        if (!report(progress, s->epsilon, thread)) return INTERRUPTED;
         s->epsilon = s->epsilon > EPSILON_FACTOR ? s->epsilon / EPSILON_FACTOR : 1;
     }
+}
+
+/* The moments, as int64 bytes. */
+static PyObject *moments(const Scaler *s) {
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)((size_t)s->net.num_nodes * sizeof(int64_t)));
+    if (bytes) {
+        int64_t *moment = (int64_t *)PyBytes_AS_STRING(bytes);
+        for (int32_t v = 0; v < s->net.num_nodes; v++) moment[v] = s->nodes[v].moment;
+    }
+    return bytes;
 }
 
 const char solve_at_time_doc[] =
@@ -231,27 +273,26 @@ PyObject *solve_at_time(PyObject *module, PyObject *args) {
         return NULL;
     const size_t n = (size_t)moment.len / sizeof(int64_t), m = (size_t)tail.len / sizeof(int32_t);
     Scaler s = {
-        .source = source, .epsilon = epsilon, .moment = malloc(n * sizeof(int64_t)), .latest = malloc(n * sizeof(int64_t)),
-        .excess = calloc(n, sizeof(int64_t)), .distance = malloc(n * sizeof(int64_t)),
-        .next_incidence = malloc(n * sizeof(int32_t)), .queue = malloc(n * sizeof(int32_t)), .queued = calloc(n, 1),
+        .source = source, .epsilon = epsilon, .nodes = calloc(n, sizeof(Node)), .latest = malloc(n * sizeof(int64_t)),
+        .queue = malloc(n * sizeof(int32_t)), .nearest = malloc(n * sizeof(int32_t)),
+        .entries = malloc((n + 2 * m) * sizeof(Entry)), /* a node is offered once over each way, or has a deficit */
     };
     const int has_room = network_init(&s.net, (int32_t)n, (int32_t)m, tail.buf, head.buf, curve.buf, first_knot.buf, length.buf,
-                                      steepness.buf) &
-                         heap_init(&s.nearest, (int32_t)n);
-    if (has_room && s.moment && s.latest && s.excess && s.distance && s.next_incidence && s.queue && s.queued) {
-        memcpy(s.moment, moment.buf, n * sizeof(int64_t));
+                                      steepness.buf);
+    if (has_room && s.nodes && s.latest && s.queue && s.nearest && s.entries) {
+        for (size_t v = 0; v < n; v++) s.nodes[v].moment = ((const int64_t *)moment.buf)[v];
         set_flow(&s, flow.buf);
         PyThreadState *thread = PyEval_SaveThread();
-        const int finished = scale(&s, tolerance, progress, &thread);
+        const int outcome = scale(&s, tolerance, progress, &thread);
         PyEval_RestoreThread(thread);
-        if (finished)
-            result = Py_BuildValue("NNd", PyBytes_FromStringAndSize((char *)s.moment, (Py_ssize_t)(n * sizeof(int64_t))),
-                                   network_flow(&s.net), gap(&s));
+        if (outcome == FINISHED)
+            result = Py_BuildValue("NNd", moments(&s), network_flow(&s.net), gap(&s));
+        else if (outcome == OVERFLOWED)
+            PyErr_SetString(PyExc_OverflowError, "the flow cannot be balanced: lengths or flow overflow; scale them down");
     } else
         PyErr_NoMemory();
     network_free(&s.net);
-    heap_free(&s.nearest);
-    void *owned[] = {s.moment, s.latest, s.excess, s.distance, s.next_incidence, s.queue, s.queued};
+    void *owned[] = {s.nodes, s.latest, s.queue, s.nearest, s.entries};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     Py_buffer *views[] = {&tail, &head, &curve, &first_knot, &length, &steepness, &moment, &flow};
     for (size_t i = 0; i < sizeof views / sizeof *views; i++) PyBuffer_Release(views[i]);
