@@ -69,8 +69,9 @@ class Start:
     def cold(cls, problem: Problem, scale: Scale | None = None) -> Start:
         """Everything at its fastest, no flow."""
         network = Network.of(problem, scale)
+        # Measured: what is begun with more is done anew later; with less, times above the shortest take longer.
         widest = int((network.slowest - network.fastest).max())
-        return cls(network.scale, network.fastest, np.zeros(len(network.tail), np.int64), max(1, widest // 8))
+        return cls(network.scale, network.fastest, np.zeros(len(network.tail), np.int64), max(1, widest // 64))
 
 
 @dataclass(frozen=True, eq=False)

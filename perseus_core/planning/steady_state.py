@@ -26,7 +26,7 @@ NO_INSTRUCTION = -1
 
 # How near the best an unrolled start is, where pieces do not meet, as a share of a cold one's. Measured: a start that
 # asks for more is pulled apart first, one that asks for less repairs its seams slowly.
-_UNROLLED_EPSILON = 2.0**-15
+_UNROLLED_EPSILON = 2.0**-12
 
 Nodes = NDArray[np.int64]
 
